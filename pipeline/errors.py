@@ -1,0 +1,82 @@
+"""Every error that Tandem raises on purpose.
+
+    TandemError
+    |-- UsageError              an option, a path or a configuration that cannot work as given
+    |-- StorageError            the store, or what was asked of it
+    |   |-- NotFound
+    |   |-- Denied
+    |   +-- Unavailable         worth another try: the store did not answer, or asked to slow down
+    |-- ModelError              a checkpoint that cannot be loaded
+    |   +-- HubUnreachable
+    |-- ImageError              one image: it becomes an error row, or a 400
+    |-- ShardError              one input shard: what could not be read of it becomes an error row
+    |-- PoolError               the model actors
+    |   |-- Busy                worth another try: the lane is full
+    |   +-- PoolFailed          the pool does not come up, or does not come back
+    +-- JobError                a batch job that cannot start, go on or finish
+        +-- OutputConflict      OUTPUT holds a job, or files, that this job must not touch
+
+A message names the thing at fault, its value, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class TandemError(Exception):
+    """Root of the tree. `str(error)` is one line, fit for a user."""
+
+
+class UsageError(TandemError):
+    """An option, a path or a configuration that cannot work as given."""
+
+
+class StorageError(TandemError):
+    """The store, or what was asked of it, failed for good."""
+
+
+class NotFound(StorageError):
+    """No such bucket, object, folder or file."""
+
+
+class Denied(StorageError):
+    """The credentials, or the file's permissions, do not allow it."""
+
+
+class Unavailable(StorageError):
+    """The store did not answer, or asked to slow down; it may work later."""
+
+
+class ModelError(TandemError):
+    """A checkpoint that is missing, incomplete, or not an image classifier."""
+
+
+class HubUnreachable(ModelError):
+    """The model hub did not answer, and the checkpoint is not in the local cache."""
+
+
+class ImageError(TandemError):
+    """One image that cannot be turned into pixels."""
+
+
+class ShardError(TandemError):
+    """An input shard that cannot be read, or not to its end."""
+
+
+class PoolError(TandemError):
+    """The model actors did not do what was asked."""
+
+
+class Busy(PoolError):
+    """The replica's lane is full; another replica, or a later moment, may have room."""
+
+
+class PoolFailed(PoolError):
+    """The pool does not come up, or does not come back."""
+
+
+class JobError(TandemError):
+    """A batch job that cannot start, go on or finish."""
+
+
+class OutputConflict(JobError):
+    """OUTPUT belongs to another job, or holds files that are not Tandem's."""

@@ -1,0 +1,103 @@
+"""Parquet shards: a binary column, or Hugging Face's struct of `bytes` and `path`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ShardError, UsageError
+from pipeline.inputs.sample import MAX_IMAGE_BYTES, Columns, Sample, too_large
+from pipeline.shards import Shard
+from pipeline.storage import Store
+
+ROWS_AT_ONCE = 64  # bounds memory where images are large; row groups of images are often 1 GB
+IMAGE_NAMES = ("image", "img", "bytes", "image_bytes", "content", "jpg", "jpeg", "png", "data")
+KEY_NAMES = ("key", "__key__", "id", "image_id")
+
+
+class ParquetReader:
+    """One Parquet file. Only the columns that are asked for are read."""
+
+    def __init__(self, store: Store, shard: Shard, columns: Columns) -> None:
+        self._name = shard.name
+        self._file: BinaryIO = store.open(shard.name)
+        try:
+            self._parquet = pq.ParquetFile(self._file, pre_buffer=False)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ShardError(f"{shard.name} is not a readable Parquet file: {error}") from error
+        schema = self._parquet.schema_arrow
+        self._image = columns.image or _image_column(schema, shard.name)
+        self._key = columns.key or next((name for name in KEY_NAMES if name in schema.names), None)
+        _check(schema, shard.name, self._image, self._key, columns.carry)
+        self.carried = pa.schema([schema.field(name) for name in columns.carry])
+
+    def __iter__(self) -> Iterator[Sample]:
+        wanted = list(dict.fromkeys([self._image, *([self._key] if self._key else ()), *self.carried.names]))
+        row = 0
+        try:
+            for batch in self._parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted, use_threads=False):
+                yield from self._samples(batch, row)
+                row += batch.num_rows
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ShardError(f"{self._name} cannot be read past row {row}: {error}") from error
+        finally:
+            self._file.close()
+
+    def _samples(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Sample]:
+        images = batch.column(self._image)
+        keys = batch.column(self._key) if self._key else None
+        carried = [batch.column(name) for name in self.carried.names]
+        for index in range(batch.num_rows):
+            data, path = _parts(images[index].as_py())
+            key = keys[index].as_py() if keys is not None else path
+            row = first_row + index
+            yield Sample(
+                row=row,
+                key=str(key) if key is not None else f"{self._name}#{row}",
+                data=None if data is None or len(data) > MAX_IMAGE_BYTES else data,
+                error=_problem(data),
+                carried=tuple(column[index] for column in carried),
+            )
+
+
+def _parts(value: Any) -> tuple[bytes | None, str | None]:
+    if isinstance(value, dict):
+        return value.get("bytes"), value.get("path")
+    return value, None
+
+
+def _problem(data: bytes | None) -> str | None:
+    if data is None:
+        return "the image is null"
+    return too_large(len(data)) if len(data) > MAX_IMAGE_BYTES else None
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
+    return _is_binary(kind)
+
+
+def _image_column(schema: pa.Schema, name: str) -> str:
+    candidates = [field.name for field in schema if _is_image(field.type)]
+    named = [candidate for candidate in IMAGE_NAMES if candidate in candidates]
+    if not candidates:
+        raise ShardError(f"{name} has no column of images (binary, or a struct with bytes) among {schema.names}")
+    if len(candidates) > 1 and not named:
+        raise UsageError(f"{name} has several binary columns, {candidates}; say which with --image-column")
+    return (named or candidates)[0]
+
+
+def _check(schema: pa.Schema, name: str, image: str, key: str | None, carry: tuple[str, ...]) -> None:
+    for column in (image, *([key] if key else ()), *carry):
+        if column not in schema.names:
+            raise ShardError(f"{name} has no column {column!r}; it has {schema.names}")
+    if not _is_image(schema.field(image).type):
+        raise ShardError(f"{name}: column {image!r} is {schema.field(image).type}, not encoded images")

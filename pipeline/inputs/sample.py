@@ -1,0 +1,53 @@
+"""What readers yield."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+MAX_IMAGE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which parts of an input row are read: of Parquet, columns; of a tar, the members beside an image by suffix.
+
+    `image` and `key` None mean: found by name and type. `carry` names what goes along into the output.
+    """
+
+    image: str | None = None
+    key: str | None = None
+    carry: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One input image: its place in the shard, its key, and its encoded bytes, or why there are none.
+
+    `carried` holds one value for each column of the reader's `carried` schema: a `pa.Scalar`, a string or None.
+    """
+
+    row: int
+    key: str
+    data: bytes | None
+    error: str | None = None
+    carried: tuple[Any, ...] = ()
+
+
+class Reader(Protocol):
+    """A shard opened for reading, once, from front to back.
+
+    Iterating raises `ShardError` where the shard cannot be read any further; what was yielded before stands.
+    `StorageError` is raised as it comes.
+    """
+
+    carried: pa.Schema
+
+    def __iter__(self) -> Iterator[Sample]: ...
+
+
+def too_large(size: int) -> str:
+    return f"the image has {size} bytes; the limit is {MAX_IMAGE_BYTES}"

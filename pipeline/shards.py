@@ -1,0 +1,169 @@
+"""What a job reads: the shards under INPUT, found in one listing.
+
+A shard is a tar archive, a Parquet file, or a slice of a sorted listing of image files. One shard gives one output
+file, named after it. Which of the three INPUT holds is told by the names, or given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+from pipeline.errors import NotFound, UsageError
+from pipeline.storage import ObjectInfo, Store
+
+Format = Literal["tar", "parquet", "images"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+IMAGES_PER_SHARD = 1000  # of a slice of a listing: one output file for so many images
+IMAGE_SUFFIXES = frozenset(
+    ".apng .avif .bmp .dib .gif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .jpx .pbm .pcx .pgm .png .pnm .ppm .qoi .ras"
+    " .sgi .tga .tif .tiff .webp".split()
+)
+_SUFFIXES: dict[Format, tuple[str, ...]] = {"tar": (".tar", ".tar.gz", ".tgz"), "parquet": (".parquet", ".pq")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One input shard.
+
+    `name` is the object's name under INPUT, or that of the slice. `output` is its Parquet file's name under OUTPUT.
+    `size` is in bytes. `etag` changes with the content; of a slice, with any of its files. A slice holds the files
+    with names in (`after`, `last`]; the other formats leave both empty.
+    """
+
+    number: int
+    name: str
+    format: Format
+    output: str
+    size: int
+    etag: str
+    after: str = ""
+    last: str = ""
+
+
+def find_shards(
+    objects: Iterable[ObjectInfo], *, format: Format | None = None, where: str, per_slice: int = IMAGES_PER_SHARD
+) -> list[Shard]:
+    """The shards among `objects` (sorted by name), in that order.
+
+    `format` None means: whichever the names show. `where` names INPUT in messages. Raises `UsageError` where the
+    names show two formats, `NotFound` where they show none.
+    """
+    found: dict[Format, list[Shard]] = {known: [] for known in FORMATS}
+    others: Counter[str] = Counter()
+    images = _Slices(per_slice)
+    for info in objects:
+        kind = None if hidden(info.name) else _format_of(info.name)
+        if kind == "images":
+            found[kind].extend(images.add(info))
+        elif kind:
+            found[kind].append(_of_object(info, kind))
+        else:
+            others[os.path.splitext(info.name)[1] or "no suffix"] += 1
+    found["images"].extend(images.finish())
+    return _named(found[format or _chosen(found, where)], format, where, others)
+
+
+def hidden(name: str) -> bool:
+    """Whether a part of the name starts with '_' or '.', as Spark, Hive and Arrow mark what is not data."""
+    return any(part.startswith(("_", ".")) for part in name.split("/"))
+
+
+def is_image(name: str) -> bool:
+    """Whether the name's suffix is one of an image format that Tandem opens."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def slice_of(objects: Iterable[ObjectInfo], last: str) -> Iterator[ObjectInfo]:
+    """The image files of a listing up to and with `last`: what `find_shards` put in one slice."""
+    for info in objects:
+        if os.fsencode(info.name) > os.fsencode(last):
+            return
+        if is_image(info.name) and not hidden(info.name):
+            yield info
+
+
+@dataclass
+class Fingerprint:
+    """The count, bytes and content tag of a list of objects, told one by one."""
+
+    count: int = 0
+    size: int = 0
+    _digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    def add(self, info: ObjectInfo) -> None:
+        self.count += 1
+        self.size += info.size
+        self._digest.update(f"{info.name}\0{info.size}\0{info.etag}\n".encode(errors="surrogateescape"))
+
+    def etag(self) -> str:
+        return f"{self.count}-{self._digest.hexdigest()[:32]}"
+
+
+class _Slices:
+    def __init__(self, per_slice: int) -> None:
+        self._per_slice = per_slice
+        self._after = self._last = ""
+        self._print = Fingerprint()
+
+    def add(self, info: ObjectInfo) -> Iterator[Shard]:
+        if self._print.count == self._per_slice:
+            yield from self.finish()
+        self._print.add(info)
+        self._last = info.name
+
+    def finish(self) -> Iterator[Shard]:
+        if self._print.count:
+            yield Shard(
+                number=0, name="", format="images", output="", size=self._print.size, etag=self._print.etag(),
+                after=self._after, last=self._last,
+            )  # fmt: skip
+        self._after, self._print = self._last, Fingerprint()
+
+
+def _format_of(name: str) -> Format | None:
+    lower = name.lower()
+    for kind, suffixes in _SUFFIXES.items():
+        if lower.endswith(suffixes):
+            return kind
+    return "images" if is_image(name) else None
+
+
+def _of_object(info: ObjectInfo, kind: Format) -> Shard:
+    return Shard(number=0, name=info.name, format=kind, output="", size=info.size, etag=info.etag)
+
+
+def _chosen(found: dict[Format, list[Shard]], where: str) -> Format:
+    archives = [kind for kind in ("tar", "parquet") if found[kind]]  # type: ignore[index]
+    if len(archives) == 2:
+        raise UsageError(f"{where} holds tar and Parquet files; say which with --format tar or --format parquet")
+    return archives[0] if archives else "images"  # type: ignore[return-value]
+
+
+def _named(shards: list[Shard], format: Format | None, where: str, others: Counter[str]) -> list[Shard]:
+    if not shards:
+        seen = ", ".join(f"{count} x {suffix}" for suffix, count in others.most_common(5)) or "nothing"
+        wanted = format or "tar shards, Parquet or image"
+        raise NotFound(f"{where} holds no {wanted} files (found: {seen})")
+    if shards[0].format == "images":
+        return [
+            replace(shard, number=number, name=f"images-{number:06d}", output=f"images-{number:06d}.parquet")
+            for number, shard in enumerate(shards)
+        ]
+    stems = Counter(_stem(shard.name) for shard in shards)
+    return [
+        # two shards of one stem (a.tar, a.tgz) keep their whole names, so that neither hides the other's output
+        replace(shard, number=number, output=(stem if stems[stem] == 1 else shard.name) + ".parquet")
+        for number, shard in enumerate(shards)
+        for stem in [_stem(shard.name)]
+    ]
+
+
+def _stem(name: str) -> str:
+    suffixes = sorted((suffix for some in _SUFFIXES.values() for suffix in some), key=len, reverse=True)
+    return next(name[: -len(suffix)] for suffix in suffixes if name.lower().endswith(suffix))

@@ -1,0 +1,90 @@
+"""Objects by name, in a bucket or in a folder.
+
+A store is a root (`s3://bucket/prefix`, or a folder) and the objects under it; a name is a path relative to that
+root, with forward slashes. Everything else in Tandem speaks to storage through these few methods, so that a bucket
+and a folder behave alike: listings are sorted, writes are whole or absent, and errors are Tandem's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+from urllib.parse import urlsplit
+
+from pipeline.errors import NotFound, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectInfo:
+    """One object: its name under the store's root, its size in bytes, and a tag that changes with its content."""
+
+    name: str
+    size: int
+    etag: str
+
+
+class Store(Protocol):
+    """A root and the objects under it. Every method raises `StorageError` or one of its kinds."""
+
+    url: str
+
+    def list(self, *, after: str = "") -> Iterator[ObjectInfo]:
+        """All objects with a name greater than `after`, in the order of their names' UTF-8 bytes."""
+
+    def stat(self, name: str) -> ObjectInfo:
+        """One object's size and tag. Raises `NotFound`."""
+
+    def read(self, name: str) -> bytes:
+        """The whole object. Raises `NotFound`."""
+
+    def open(self, name: str) -> BinaryIO:
+        """The object as a seekable, buffered file. Raises `NotFound`, and `Unavailable` while it is read."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Creates or replaces the object at once: a reader sees the old content or the new, never a part."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Deletes the objects; one that does not exist is no error."""
+
+
+def open_store(url: str) -> Store:
+    """The store at `url`: `s3://BUCKET[/PREFIX]`, `file:///PATH`, or a path. Raises `UsageError`."""
+    parts = urlsplit(url)
+    if parts.scheme == "s3":
+        if not parts.netloc:
+            raise UsageError(f"{url!r} names no bucket: write s3://BUCKET/PREFIX")
+        from pipeline.s3 import S3Store  # boto3 takes 0.3 s to import: only for those who use it
+
+        # urlsplit cuts at '?' and '#', which are ordinary characters in a key
+        return S3Store(parts.netloc, url.removeprefix(f"s3://{parts.netloc}").strip("/"))
+    if parts.scheme == "file" and not parts.netloc:
+        return _folder(Path(url.removeprefix("file://")))
+    if "://" in url:
+        raise UsageError(f"{url!r} is not storage that Tandem knows: write s3://BUCKET/PREFIX or a local path")
+    return _folder(Path(url))
+
+
+def _folder(path: Path) -> Store:
+    from pipeline.local import LocalStore
+
+    return LocalStore(path)
+
+
+def absolute(url: str) -> str:
+    """`url` as it means the same in another process: a relative path is made absolute."""
+    return url if "://" in url else str(Path(url).expanduser().absolute())
+
+
+def split_object(url: str) -> tuple[Store, str] | None:
+    """The parent store and the name, where `url` is one object rather than a prefix; otherwise None."""
+    parent, _, name = url.rstrip("/").rpartition("/")
+    if not name or url.endswith("/") or parent in ("s3:/", "file:/", "s3:", "file:"):
+        return None
+    store = open_store(parent or ("/" if url.startswith("/") else "."))
+    try:
+        store.stat(name)
+    except NotFound:
+        return None
+    return store, name
