@@ -1,0 +1,138 @@
+"""The Ray under the pool: one of our own on this machine, or the one that this process runs in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import PoolFailed
+
+# Read by Ray as it is imported and as it starts; what the user has set stays.
+_QUIET = {
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_USAGE_STATS_PROMPT_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+# A small machine has fewer cores than the pool, the endpoint, readers, callers and decoders ask for together.
+MIN_LOGICAL_CPUS = 4
+OBJECT_STORE_BYTES = 2 << 30
+PROBES, PROBE_PAUSE_S = 50, 0.2
+
+
+def quiet() -> None:
+    """Keeps libraries off the screen. To be called before Ray is imported."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def local_ray(*, dashboard: bool = False) -> Iterator[str]:
+    """A Ray of this process's own, on loopback, for as long as the context lasts; its dashboard's URL, if it has one."""
+    # Ray would write a token file into the user's home, and so change how every later Ray of this user starts.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    quiet()
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=dashboard,
+        log_to_driver=False,
+        logging_level=logging.CRITICAL,
+        configure_logging=True,
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        yield f"http://{context.dashboard_url}" if dashboard else ""
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def announce(address: str) -> Iterator[None]:
+    """Lets other commands of this user find the cluster at `address` (its job API), for as long as the context lasts."""
+    path = _state_file()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.unlink(missing_ok=True)
+    state = {"pid": os.getpid(), "address": address, "token": os.environ.get("RAY_AUTH_TOKEN")}
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(state, file)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def find_local() -> str | None:
+    """The job API of the cluster that a `tandem serve` of this user keeps on this machine, or None.
+
+    Takes its token into the environment, which is where Ray looks for it.
+    """
+    try:
+        state = json.loads(_state_file().read_text())
+        os.kill(state["pid"], 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    if state["token"]:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": state["token"]}
+    return str(state["address"])
+
+
+def _state_file() -> Path:
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "tandem" / "cluster.json"
+
+
+def join_ray() -> None:
+    """Joins the cluster that this process was started in."""
+    quiet()
+    import ray
+
+    ray.init(log_to_driver=False, logging_level=logging.CRITICAL)
+
+
+def start_serve(*, host: str = "127.0.0.1", port: int = 8000, http: bool = True) -> str:
+    """Starts Serve, or joins the one that runs in this cluster; returns the URL at which it answers.
+
+    Raises `PoolFailed` where nothing answers there: a Serve that runs keeps the address that it was started with.
+    """
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(
+        proxy_location="HeadOnly" if http else "Disabled",
+        http_options={"host": host, "port": port} if http else None,
+    )
+    url = f"http://{host}:{port}"
+    if http and not _answers(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/-/healthz"):
+        raise PoolFailed(f"Serve runs in this cluster, but not at {url}: give the --host and --port it was started with")
+    return url
+
+
+def _answers(url: str) -> bool:
+    import httpx
+
+    for _ in range(PROBES):
+        try:
+            httpx.get(url, timeout=1)
+        except httpx.HTTPError:
+            time.sleep(PROBE_PAUSE_S)
+        else:
+            return True  # whatever it says: a proxy without applications answers that it has none
+    return False

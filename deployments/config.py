@@ -1,0 +1,138 @@
+"""How a pool and its endpoint run: what `--config FILE` may say, and the defaults."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+
+from pipeline.decode import DEFAULT_MAX_PIXELS
+from pipeline.errors import UsageError
+from pipeline.lanes import LaneLimits
+from pipeline.model_info import Dtype
+
+# Fractions, so that a machine of two cores has room for the pool, the endpoint and a job's readers and decoders.
+REPLICA_CPUS = 0.5
+ENDPOINT_CPUS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """The model actors.
+
+    `gpus` per replica; None means one where the cluster has GPUs, otherwise none. `device` is what torch calls it, or
+    "auto". `threads` of torch per replica on a CPU; None means one for each core. `max_step` is in images; None means
+    128 on a GPU and 32 on a CPU. `online_step_ms` bounds a step while online requests are about. Backlogs are in images.
+    """
+
+    replicas: int = 1
+    cpus: float = REPLICA_CPUS
+    gpus: float | None = None
+    device: str = "auto"
+    dtype: Dtype = "float32"
+    threads: int | None = None
+    max_step: int | None = None
+    online_step_ms: float = LaneLimits.online_step_ms
+    max_online_backlog: int = LaneLimits.max_online_backlog
+    max_batch_backlog: int = LaneLimits.max_batch_backlog
+    startup_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "replicas", "threads", "max_step", "max_online_backlog", "max_batch_backlog")
+        _at_least(self, 0, "cpus", "gpus", "online_step_ms", "startup_timeout_s")
+        if self.dtype not in get_args(Dtype):
+            raise UsageError(f"dtype is {self.dtype!r}; it can be {', '.join(get_args(Dtype))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+    """The HTTP side. Sizes in bytes and pixels of one image, times in seconds."""
+
+    replicas: int = 1
+    cpus: float = ENDPOINT_CPUS
+    max_body_bytes: int = 32 << 20
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    timeout_s: float = 30.0
+    decode_threads: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "replicas", "max_body_bytes", "max_pixels", "decode_threads")
+        _at_least(self, 0, "cpus", "timeout_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A configuration file: the sections `pool` and `endpoint`, each with the fields of its class."""
+
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+
+
+def load_config(path: str | None) -> Config:
+    """The configuration in a YAML file, or the defaults for None. Raises `UsageError`, naming file and option."""
+    if path is None:
+        return Config()
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        return parse_config(content)
+    except UsageError as error:
+        raise UsageError(f"--config {path}: {error}") from error
+
+
+def parse_config(content: Any) -> Config:
+    """The configuration that a mapping of sections says. Raises `UsageError`."""
+    sections = _known(content, Config, "the file")
+    return Config(
+        pool=_section(PoolConfig, sections.get("pool", {}), "pool"),
+        endpoint=_section(EndpointConfig, sections.get("endpoint", {}), "endpoint"),
+    )
+
+
+Section = TypeVar("Section", PoolConfig, EndpointConfig)
+
+
+def _section(kind: type[Section], content: Any, where: str) -> Section:
+    options = _known(content, kind, where)
+    kinds = {known.name: str(known.type) for known in fields(kind)}
+    for name, value in options.items():
+        if not _fits(value, kinds[name]):
+            raise UsageError(f"{where}.{name} is {value!r}; it must be {kinds[name].replace(' | None', '')}")
+    return kind(**options)
+
+
+def _known(content: Any, kind: type, where: str) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{where} must be a mapping of options, not {type(content).__name__}")
+    names = [known.name for known in fields(kind)]
+    for name in content:
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1)
+            hint = f" (do you mean {close[0]}?)" if close else ""
+            raise UsageError(f"{where} has no option {name!r}{hint}; it has {', '.join(names)}")
+    return content
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if value is None:
+        return kind.endswith("| None")
+    if isinstance(value, bool):
+        return False
+    if "float" in kind:
+        return isinstance(value, int | float)
+    return isinstance(value, int if "int" in kind else str)
+
+
+def _at_least(config: object, low: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise UsageError(f"{name} is {value}; it must be at least {low}")

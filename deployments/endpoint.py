@@ -1,0 +1,83 @@
+"""The endpoint as a Ray Serve deployment: decodes images, and asks the pool's replicas to score them."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import RunTarget
+
+from deployments.config import Config, EndpointConfig
+from deployments.pool import Answer, deploy, pool_handle, wait_running, wait_warm
+from deployments.web import build_app
+from pipeline.decode import decode_image
+from pipeline.errors import ModelError, TandemError
+from pipeline.model_info import ModelInfo
+
+APP = "tandem-http"
+DEPLOYMENT = "endpoint"
+# Above what decode threads and lanes hold at once, so that overload is answered by the lanes, with a reason.
+MAX_ONGOING_REQUESTS = 2048
+
+
+@serve.ingress()
+class Endpoint:
+    """The `Scorer` behind the routes. It starts only once the pool is warm."""
+
+    async def __init__(self, model: str, config: EndpointConfig, startup_timeout_s: float) -> None:
+        self._config = config
+        self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="tandem-decode")
+        self._pool = pool_handle(model)
+        self._info = await asyncio.wait_for(self.describe(), startup_timeout_s)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self, self._config)
+
+    async def describe(self) -> ModelInfo:
+        """The model that the pool holds."""
+        info: ModelInfo | ModelError = await self._pool.describe.remote()
+        if isinstance(info, ModelError):
+            raise info
+        return info
+
+    async def score(self, image: bytes, top_k: int) -> tuple[list[dict[str, Any]], str]:
+        """See `Scorer`."""
+        image_HWC = await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, image)
+        answer = await self._pool.score_online.remote(image_HWC[None], min(top_k, len(self._info.labels)))
+        if not isinstance(answer, Answer):
+            raise answer
+        top_K, scores_K = answer.scores.top_NK[0].tolist(), answer.scores.scores_NK[0].tolist()
+        best = [
+            {"label": self._info.labels[index], "score": score} for index, score in zip(top_K, scores_K, strict=True)
+        ]
+        return best, answer.replica
+
+    def _decode(self, image: bytes) -> np.ndarray:
+        return decode_image(image, self._info.transform, max_pixels=self._config.max_pixels)
+
+
+def serve_model(model: str, config: Config) -> ModelInfo:
+    """Brings up the pool of `model` with the endpoint in front of it, at `/`, and waits until both answer.
+
+    Raises `ModelError`, `PoolFailed`.
+    """
+    deployment = serve.deployment(Endpoint).options(
+        name=DEPLOYMENT,
+        num_replicas=config.endpoint.replicas,
+        ray_actor_options={"num_cpus": config.endpoint.cpus},
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+    )
+    application = deployment.bind(model, config.endpoint, config.pool.startup_timeout_s)
+    deploy(model, config.pool)
+    serve.run_many([RunTarget(application, name=APP)], wait_for_applications_running=False)
+    try:
+        info = wait_warm(model, config.pool.startup_timeout_s)
+    except TandemError:
+        serve.delete(APP)
+        raise
+    wait_running(APP, config.pool.startup_timeout_s)
+    return info

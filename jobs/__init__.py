@@ -1,0 +1,1 @@
+"""What a user starts: batch jobs, the demo, and the `tandem` command."""

@@ -1,0 +1,238 @@
+"""The data path of a job, as a Ray Data dataset: read -> decode -> score and stage -> receipts.
+
+Every row is one chunk, and every block one row. Readers and decoders are tasks on CPUs; the scoring stage only calls
+the pool, which owns the accelerators. Nothing here raises for a bad image: that is a row with an error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoolStrategy
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from deployments.batch import score_chunk
+from deployments.pool import pool_handle
+from jobs.receipts import Receipt
+from jobs.spec import JobPaths
+from pipeline.chunks import Chunk, ChunkLimits, chunks, failed_shard, from_ipc, to_ipc
+from pipeline.decode import decode_image
+from pipeline.dispatcher import Scores
+from pipeline.errors import ImageError, ShardError
+from pipeline.inputs import Columns, open_reader
+from pipeline.output import scored, with_errors
+from pipeline.shards import Shard
+from pipeline.storage import Store
+from pipeline.transform import ImageTransform
+
+READ_CPUS, DECODE_CPUS, SCORE_CPUS = 0.25, 1.0, 0.1
+CHUNKS_IN_FLIGHT = 4  # of one caller: enough to hide a call's latency, few enough for the replica's lane
+
+_READ = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("chunk", pa.int32()),
+        ("last", pa.bool_()),
+        ("read_s", pa.float64()),
+        ("rows", pa.large_binary()),
+        ("images", pa.large_list(pa.large_binary())),
+    ]
+)
+_DECODED = pa.schema(
+    [*(field for field in _READ if field.name != "images"), ("bytes", pa.int64()), ("decode_s", pa.float64()),
+     ("pixels", pa.large_binary())]
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPath:
+    """What the stages need to know. It travels to every worker, so it is small."""
+
+    source: Store
+    target: Store
+    columns: Columns
+    limits: ChunkLimits
+    model: str
+    transform: ImageTransform
+    labels: tuple[str, ...]
+    top_k: int
+
+    def receipts(self, work: list[tuple[Shard, frozenset[int]]], callers: int) -> Iterator[Receipt]:
+        """Scores the shards, except their chunks that are staged already, and yields a receipt for each chunk."""
+        _configure(DataContext.get_current())
+        decoders = _decoders()
+        dataset = (
+            ray.data.read_datasource(
+                _Shards(self, work),
+                override_num_blocks=len(work),
+                num_cpus=READ_CPUS,
+                concurrency=max(1, decoders // 4),
+            )
+            .map_batches(
+                partial(_decode, self.transform),
+                batch_size=1,
+                batch_format="pyarrow",
+                zero_copy_batch=True,
+                num_cpus=DECODE_CPUS,
+                # an explicit size keeps Ray from fusing this stage with its neighbours
+                compute=TaskPoolStrategy(size=decoders),
+            )
+            .map_batches(
+                _Caller,
+                fn_constructor_args=(self,),
+                batch_size=1,
+                batch_format="pyarrow",
+                zero_copy_batch=True,
+                num_cpus=SCORE_CPUS,
+                compute=ActorPoolStrategy(
+                    size=callers,
+                    max_tasks_in_flight_per_actor=CHUNKS_IN_FLIGHT + 2,
+                    max_concurrent_calls_per_actor=CHUNKS_IN_FLIGHT,
+                    enable_true_multi_threading=True,
+                ),
+            )
+        )
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in table.to_pylist():
+                yield Receipt(**row)
+
+
+def _configure(context: DataContext) -> None:
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_auto_log_stats = False
+    # Ray holds a stage's rows back until a block is full; a chunk should move on at once, so a block is one row.
+    context.target_max_block_size = 1
+    context.target_min_block_size = 1
+    context.execution_options.resource_limits = ExecutionResources.for_limits(gpu=0)
+
+
+def _decoders() -> int:
+    """Decode tasks at once: the CPUs that the pool, its endpoint, the callers and the readers leave."""
+    free = ray.available_resources().get("CPU", 1.0)
+    return max(1, int(free - SCORE_CPUS - READ_CPUS))
+
+
+class _Shards(Datasource):  # type: ignore[misc]
+    """One read task for each shard."""
+
+    def __init__(self, path: DataPath, work: list[tuple[Shard, frozenset[int]]]) -> None:
+        super().__init__()
+        self._path, self._work = path, work
+
+    def estimate_inmemory_data_size(self) -> int:
+        return sum(shard.size for shard, _ in self._work)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        return [
+            ReadTask(
+                partial(_read, self._path, shard, staged),
+                BlockMetadata(num_rows=None, size_bytes=shard.size, input_files=None, exec_stats=None),
+                schema=_READ,
+            )
+            for shard, staged in self._work
+        ]
+
+
+def _read(path: DataPath, shard: Shard, staged: frozenset[int]) -> Iterator[pa.Table]:
+    started = time.perf_counter()
+    for chunk in _chunks(path, shard):
+        if chunk.index not in staged:
+            row = {
+                "shard": shard.number,
+                "chunk": chunk.index,
+                "last": chunk.last,
+                "read_s": time.perf_counter() - started,
+                "rows": to_ipc(chunk.rows),
+                "images": chunk.images,
+            }
+            yield pa.Table.from_pylist([row], schema=_READ)
+        started = time.perf_counter()
+
+
+def _chunks(path: DataPath, shard: Shard) -> Iterator[Chunk]:
+    try:
+        reader = open_reader(path.source, shard, path.columns)
+    except ShardError as error:
+        yield failed_shard(shard.name, error)
+    else:
+        yield from chunks(reader, shard.name, path.limits)
+
+
+def _decode(transform: ImageTransform, table: pa.Table) -> pa.Table:
+    started = time.perf_counter()
+    (row,) = table.drop_columns("images").to_pylist()
+    encoded = table["images"].combine_chunks().flatten()
+    pixels_NHWC, errors = _pixels(encoded, transform)
+    if len(pixels_NHWC) < len(encoded):
+        row["rows"] = to_ipc(with_errors(from_ipc(row["rows"]), "decode", errors))
+    row |= {
+        "bytes": sum(image.as_buffer().size for image in encoded),
+        "decode_s": time.perf_counter() - started,
+        "pixels": pixels_NHWC.tobytes(),
+    }
+    return pa.Table.from_pylist([row], schema=_DECODED)
+
+
+def _pixels(encoded: pa.Array, transform: ImageTransform) -> tuple[np.ndarray, list[str | None]]:
+    """uint8 [N, H, W, 3] of the images that decode, and for every image its error or None."""
+    pixels_NHWC = np.empty((len(encoded), transform.height, transform.width, 3), np.uint8)
+    errors: list[str | None] = []
+    good = 0
+    for image in encoded:
+        try:
+            pixels_NHWC[good] = decode_image(image.as_py(), transform)
+        except ImageError as error:
+            errors.append(str(error))
+        else:
+            errors.append(None)
+            good += 1
+    return pixels_NHWC[:good], errors
+
+
+class _Caller:
+    """Sends chunks to the pool and stages what comes back. Called from `CHUNKS_IN_FLIGHT` threads."""
+
+    def __init__(self, path: DataPath) -> None:
+        self._path = path
+        self._pool = pool_handle(path.model)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        (row,) = table.drop_columns("pixels").to_pylist()
+        height, width = self._path.transform.height, self._path.transform.width
+        pixels = np.frombuffer(table["pixels"].combine_chunks()[0].as_buffer(), np.uint8)
+        scores, replica, score_s = self._score(pixels.reshape(-1, height, width, 3))
+        started = time.perf_counter()
+        rows = scored(from_ipc(row["rows"]), self._path.labels, scores.top_NK, scores.scores_NK)
+        name = JobPaths.staged(row["shard"], row["chunk"], last=row["last"])
+        self._path.target.write(name, to_ipc(rows))
+        return Receipt(
+            shard=row["shard"],
+            chunk=row["chunk"],
+            last=row["last"],
+            rows=len(rows),
+            errors=len(rows) - len(scores.top_NK),
+            bytes=row["bytes"],
+            read_s=row["read_s"],
+            decode_s=row["decode_s"],
+            score_s=score_s,
+            stage_s=time.perf_counter() - started,
+            replica=replica,
+        ).to_table()
+
+    def _score(self, images_NHWC: np.ndarray) -> tuple[Scores, str, float]:
+        started = time.perf_counter()
+        if not len(images_NHWC):
+            nothing = np.empty((0, self._path.top_k))
+            return Scores(nothing.astype(np.int32), nothing.astype(np.float32)), "", 0.0
+        answer = score_chunk(self._pool, images_NHWC, self._path.top_k)
+        return answer.scores, answer.replica, time.perf_counter() - started

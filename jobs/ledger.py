@@ -1,0 +1,75 @@
+"""Which chunks are staged and which shards are committed: all that is known of a job's progress.
+
+Plain Python. It is filled from a listing of OUTPUT when a job starts or goes on, and by receipts while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from jobs.spec import JobPaths
+from pipeline.shards import Shard
+
+
+@dataclass
+class _Staged:
+    chunks: set[int] = field(default_factory=set)
+    last: int | None = None
+
+    def complete(self) -> bool:
+        return self.last is not None and len(self.chunks) == self.last + 1
+
+
+class Ledger:
+    """The state of every shard. Holds chunk numbers only of shards that are begun and not committed."""
+
+    def __init__(self, shards: Iterable[Shard], names: Iterable[str]) -> None:
+        """`names` are those of all objects under OUTPUT."""
+        self._staged: dict[int, _Staged] = {}
+        self._committed: set[int] = set()
+        outputs = {shard.output: shard.number for shard in shards}
+        for name in names:
+            if name in outputs:
+                self._committed.add(outputs[name])
+            elif name.startswith(JobPaths.STAGE):
+                self.stage(*JobPaths.parse_staged(name))
+
+    def stage(self, shard: int, chunk: int, last: bool) -> bool:
+        """Notes a staged chunk; True when with it all of the shard's chunks are staged. Noting one twice is no harm."""
+        staged = self._staged.setdefault(shard, _Staged())
+        staged.chunks.add(chunk)
+        if last:
+            staged.last = chunk
+        return staged.complete()
+
+    def commit(self, shard: int) -> None:
+        """Notes that the shard's output file stands, and forgets its chunks."""
+        self._committed.add(shard)
+        self._staged.pop(shard, None)
+
+    def committed(self, shard: int) -> bool:
+        """Whether the shard's output file stands."""
+        return shard in self._committed
+
+    def staged(self, shard: int) -> frozenset[int]:
+        """The shard's staged chunks."""
+        return frozenset(self._staged[shard].chunks) if shard in self._staged else frozenset()
+
+    def names(self, shard: int) -> list[str]:
+        """The names of the shard's staged chunks, in order."""
+        staged = self._staged.get(shard, _Staged())
+        return [JobPaths.staged(shard, chunk, last=chunk == staged.last) for chunk in sorted(staged.chunks)]
+
+    def leftovers(self) -> list[int]:
+        """Shards that are committed while chunks of them are still staged: a driver died between the two."""
+        return sorted(self._committed & self._staged.keys())
+
+    def ready(self) -> list[int]:
+        """Shards with all chunks staged that are not committed."""
+        return sorted(n for n, staged in self._staged.items() if staged.complete() and n not in self._committed)
+
+    @property
+    def done(self) -> int:
+        """The number of committed shards."""
+        return len(self._committed)

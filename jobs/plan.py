@@ -1,0 +1,140 @@
+"""The plan: what the input held and which model scores it, written before any work, compared when a job goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from jobs.spec import JobPaths, JobSpec
+from pipeline import __version__
+from pipeline.errors import JobError, NotFound, OutputConflict
+from pipeline.model_info import ModelInfo
+from pipeline.shards import Shard, find_shards
+from pipeline.storage import Store, open_store, split_object
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A job's spec, the model that scores, and its shards in order."""
+
+    spec: JobSpec
+    revision: str
+    dtype: str
+    versions: dict[str, str]
+    shards: list[Shard]
+
+    def metadata(self, shard: Shard) -> dict[str, str]:
+        """What an output file says of its origin."""
+        return {
+            "input": f"{self.spec.input.rstrip('/')}",
+            "shard": shard.name,
+            "shard_etag": shard.etag,
+            "model": self.spec.model,
+            "revision": self.revision,
+            "dtype": self.dtype,
+            "top_k": str(self.spec.top_k),
+            **{f"version.{name}": number for name, number in self.versions.items()},
+        }
+
+
+def find_input(spec: JobSpec) -> list[Shard]:
+    """The shards that INPUT holds now: a prefix, a folder, or one object. Raises `NotFound`, `UsageError`."""
+    if single := split_object(spec.input):
+        store, name = single
+        return find_shards([store.stat(name)], format=spec.format, where=spec.input)
+    return find_shards(open_store(spec.input).list(), format=spec.format, where=spec.input)
+
+
+def input_store(spec: JobSpec) -> Store:
+    """The store whose names the plan's shards are."""
+    single = split_object(spec.input)
+    return single[0] if single else open_store(spec.input)
+
+
+def make_plan(spec: JobSpec, shards: list[Shard], info: ModelInfo) -> Plan:
+    """The plan of a new job."""
+    versions = {"tandem": __version__, **info.versions}
+    return Plan(spec=spec, revision=info.revision, dtype=info.dtype, versions=versions, shards=shards)
+
+
+def write_plan(store: Store, plan: Plan) -> None:
+    """Writes the plan: first its shards, then the file that makes it count."""
+    lines = "".join(json.dumps(dataclasses.asdict(shard)) + "\n" for shard in plan.shards).encode()
+    store.write(JobPaths.PLAN, lines)
+    job = {
+        "version": FORMAT_VERSION,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "spec": json.loads(plan.spec.to_json()),
+        "revision": plan.revision,
+        "dtype": plan.dtype,
+        "versions": plan.versions,
+        "shards": len(plan.shards),
+        "plan_sha256": hashlib.sha256(lines).hexdigest(),
+    }
+    store.write(JobPaths.JOB, json.dumps(job, indent=2).encode())
+
+
+def read_plan(store: Store) -> Plan | None:
+    """The plan that OUTPUT holds, or None. Raises `JobError` for one that is damaged or of another version."""
+    try:
+        job: dict[str, Any] = json.loads(store.read(JobPaths.JOB))
+        lines = store.read(JobPaths.PLAN)
+    except NotFound:
+        return None
+    if job["version"] != FORMAT_VERSION:
+        raise JobError(f"{store.url} holds a job of format {job['version']}; this Tandem writes {FORMAT_VERSION}")
+    if hashlib.sha256(lines).hexdigest() != job["plan_sha256"]:
+        raise JobError(f"{store.url}/{JobPaths.PLAN} does not belong to {JobPaths.JOB}; choose a new OUTPUT")
+    return Plan(
+        spec=JobSpec.from_json(json.dumps(job["spec"])),
+        revision=job["revision"],
+        dtype=job["dtype"],
+        versions=job["versions"],
+        shards=[Shard(**json.loads(line)) for line in lines.splitlines()],
+    )
+
+
+def check_same_spec(plan: Plan, spec: JobSpec, where: str) -> None:
+    """Raises `OutputConflict` where OUTPUT belongs to a job that asked for something else."""
+    old, new = (_flat(json.loads(one.to_json())) for one in (plan.spec, spec))
+    _refuse({name: (old[name], new[name]) for name in old if old[name] != new[name]}, where)
+
+
+def check_same_model(plan: Plan, info: ModelInfo, where: str) -> None:
+    """Raises `OutputConflict` where another revision or precision would score the rest."""
+    pairs = {"model revision": (plan.revision, info.revision), "dtype": (plan.dtype, info.dtype)}
+    _refuse({name: pair for name, pair in pairs.items() if pair[0] != pair[1]}, where)
+
+
+def check_same_input(plan: Plan, shards: list[Shard], where: str) -> None:
+    """Raises `OutputConflict`, naming the first shard that changed, came or went since the job was planned."""
+    old, new = ({shard.name: shard for shard in some} for some in (plan.shards, shards))
+    for name in [*old, *new]:
+        if name not in new:
+            raise OutputConflict(f"{where}: input shard {name} is gone since the job was planned; restore it, or {_NEW}")
+        if name not in old:
+            raise OutputConflict(f"{where}: input shard {name} came after the job was planned; {_NEW}")
+        if old[name] != new[name]:
+            raise OutputConflict(f"{where}: input shard {name} changed since the job was planned; {_NEW}")
+
+
+_NEW = "submit to a new OUTPUT"
+
+
+def _refuse(differences: dict[str, tuple[Any, Any]], where: str) -> None:
+    if differences:
+        told = "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in differences.items())
+        raise OutputConflict(f"{where} belongs to a job that differs: {told}; repeat that job's options, or {_NEW}")
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

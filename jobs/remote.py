@@ -1,0 +1,151 @@
+"""Jobs and endpoints on a cluster that runs elsewhere, by Ray's job API.
+
+The command on the user's machine ships Tandem's own code along and follows the log; the same program, started by Ray
+on the cluster as `python -m jobs.remote`, does the work. The request travels in an environment variable and events
+come back as lines of JSON, so nothing of the user's input is ever part of a shell command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from deployments.config import Config, parse_config
+from jobs.receipts import Progress
+from jobs.spec import JobSpec
+from pipeline.errors import JobError, TandemError, UsageError
+
+REQUEST = "TANDEM_REQUEST"
+EVENT = "TANDEM_EVENT "
+PACKAGES = ("pipeline", "deployments", "jobs")
+# What tells where the store is goes along; what opens it (keys, tokens) is the cluster's own, and stays out of Ray's
+# job table, which anyone who sees the dashboard can read.
+FORWARDED = (
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "HF_ENDPOINT", "HF_HUB_OFFLINE",
+)  # fmt: skip
+
+
+class Cluster:
+    """A cluster's job API."""
+
+    def __init__(self, address: str) -> None:
+        """`address` is `http://HEAD:8265`. Raises `UsageError` for another form, `JobError` where nothing answers."""
+        if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
+            raise UsageError(f"--address {address!r}: give the cluster's job API, such as http://HEAD:8265")
+        from ray.job_submission import JobSubmissionClient
+
+        self.address = address
+        try:
+            self._client = JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise JobError(f"--address {address}: no cluster answers there ({reason})") from error
+
+    def start(self, request: dict[str, Any]) -> str:
+        """Starts the work that `request` describes, and returns the job's id."""
+        environment = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+        root = Path(__file__).resolve().parent.parent
+        job: str = self._client.submit_job(
+            entrypoint="python -m jobs.remote",
+            submission_id=f"tandem-{uuid.uuid4().hex[:12]}",
+            runtime_env={
+                "py_modules": [str(root / package) for package in PACKAGES],
+                "excludes": ["__pycache__"],
+                "env_vars": {**environment, REQUEST: json.dumps(request)},
+            },
+        )
+        return job
+
+    def events(self, job: str) -> Iterator[dict[str, Any]]:
+        """What the job tells, until it ends. Raises `JobError` where it ends without a result."""
+        lines = self._client.tail_job_logs(job)
+        last: list[str] = []
+        ended = False
+        with asyncio.Runner() as runner:
+            rest = ""
+            while not ended:
+                try:
+                    text = rest + runner.run(anext(lines))
+                except StopAsyncIteration:
+                    break
+                *whole, rest = text.split("\n")
+                for line in whole:
+                    if line.startswith(EVENT):
+                        event = json.loads(line.removeprefix(EVENT))
+                        yield event
+                        ended = event["event"] in ("result", "error")
+                    elif line.strip():
+                        last = [*last[-4:], line.strip()]
+        if not ended:
+            status = self._client.get_job_info(job)
+            reason = last[-1] if last else status.message or "it left no log"
+            raise JobError(f"job {job} is {status.status.value.lower()}: {reason} (see `ray job logs {job}`)")
+
+
+def submit_request(spec: JobSpec, config: Config) -> dict[str, Any]:
+    """What to send for a batch job."""
+    return {"do": "submit", "spec": spec.to_json(), "config": dataclasses.asdict(config)}
+
+
+def serve_request(model: str, host: str, port: int, config: Config) -> dict[str, Any]:
+    """What to send for an endpoint."""
+    return {"do": "serve", "model": model, "host": host, "port": port, "config": dataclasses.asdict(config)}
+
+
+def follow(events: Iterator[dict[str, Any]], on_progress: Any) -> dict[str, Any]:
+    """The result that the events end with. Raises `JobError` for an error that they tell of."""
+    for event in events:
+        if event["event"] == "progress":
+            on_progress(Progress(**event["progress"]))
+        elif event["event"] == "error":
+            raise JobError(event["message"])
+        elif event["event"] == "result":
+            result: dict[str, Any] = event["result"]
+            return result
+    raise JobError("the job ended without a result")
+
+
+def main() -> int:
+    """On the cluster: does what the request says, and tells of it line by line."""
+    request = json.loads(os.environ[REQUEST])
+    try:
+        _tell("result", result=_do(request))
+    except TandemError as error:
+        _tell("error", message=str(error))
+        return 1
+    return 0
+
+
+def _do(request: dict[str, Any]) -> dict[str, Any]:
+    from deployments.cluster import join_ray, start_serve
+
+    join_ray()
+    config = parse_config(request["config"])
+    if request["do"] == "serve":
+        from deployments.endpoint import serve_model
+
+        url = start_serve(host=request["host"], port=request["port"])
+        info = serve_model(request["model"], config)
+        return {"url": url, "model": info.model, "revision": info.revision}
+    from jobs.run import run_job
+
+    start_serve()
+    spec = JobSpec.from_json(request["spec"])
+    return run_job(spec, config, lambda progress: _tell("progress", progress=progress.__dict__)).to_dict()
+
+
+def _tell(event: str, **content: Any) -> None:
+    print(EVENT + json.dumps({"event": event, **content}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""A job from its spec to `_SUCCESS`, in the process that drives it.
+
+Whatever happens on the way, what is staged and committed stands, and the same call goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+
+from deployments.config import Config
+from deployments.pool import attach, bring_up, take_down
+from jobs.commit import commit_shard
+from jobs.datapath import DataPath
+from jobs.ledger import Ledger
+from jobs.plan import (
+    Plan,
+    check_same_input,
+    check_same_model,
+    check_same_spec,
+    find_input,
+    input_store,
+    make_plan,
+    read_plan,
+    write_plan,
+)
+from jobs.receipts import Progress, Receipt, Tally
+from jobs.spec import JobPaths, JobSpec
+from pipeline.errors import JobError, OutputConflict, TandemError
+from pipeline.model_info import ModelInfo
+from pipeline.shards import Shard
+from pipeline.storage import Store, open_store
+
+COMMITS_AT_ONCE = 4
+PROGRESS_EVERY_S = 1.0
+REPLICAS_PER_CALLER = 4
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A finished job. Counts of images, errors and seconds are this run's; `resumed` shards were committed before it."""
+
+    output: str
+    model: str
+    revision: str
+    shards: int
+    resumed: int
+    images: int
+    errors: int
+    seconds: float
+    startup_s: float
+    images_per_s: float
+    replicas: dict[str, int]
+    stage_seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def run_job(spec: JobSpec, config: Config, on_progress: OnProgress = lambda progress: None) -> Report:
+    """Runs the job, or goes on with it, on the Ray and Serve that this process has joined.
+
+    Raises `TandemError`: `UsageError`, `StorageError` and `OutputConflict` before any work is done, `JobError` after.
+    """
+    started = time.monotonic()
+    store = open_store(spec.output)
+    on_progress(Progress(phase="plan"))
+    plan = read_plan(store)
+    names = [info.name for info in store.list()] if plan else _foreign(store)
+    if plan is not None:
+        check_same_spec(plan, spec, spec.output)
+        if JobPaths.SUCCESS in names:
+            return _finished(plan, store)
+    shards = find_input(spec)
+    if plan is not None:
+        check_same_input(plan, shards, spec.output)
+    on_progress(Progress(phase="pool", shards=len(shards)))
+    with _pool(spec.model, config) as info:
+        if plan is None:
+            plan = make_plan(spec, shards, info)
+            write_plan(store, plan)
+        check_same_model(plan, info, spec.output)
+        run = _Run(plan, store, Ledger(plan.shards, names), on_progress)
+        run.score(info, config)
+    return run.finish(time.monotonic() - started)
+
+
+def _foreign(store: Store) -> list[str]:
+    """The names under an OUTPUT without a plan, which must be none but a plan's that was cut short."""
+    for info in store.list():
+        if info.name != JobPaths.PLAN:
+            raise OutputConflict(f"{store.url} holds other files ({info.name}); choose an OUTPUT that is empty")
+    return []
+
+
+@contextmanager
+def _pool(model: str, config: Config) -> Iterator[ModelInfo]:
+    """The running pool of the model, or one brought up for as long as the context lasts."""
+    if running := attach(model):
+        yield running
+        return
+    try:
+        yield bring_up(model, config.pool)
+    finally:
+        take_down(model)
+
+
+class _Run:
+    """One driver's work on a job."""
+
+    def __init__(self, plan: Plan, store: Store, ledger: Ledger, on_progress: OnProgress) -> None:
+        self._plan, self._store, self._ledger, self._on_progress = plan, store, ledger, on_progress
+        self._resumed = ledger.done
+        self._bytes_total = sum(shard.size for shard in plan.shards)
+        self._bytes_done = sum(shard.size for shard in plan.shards if ledger.committed(shard.number))
+        self._tally = Tally()
+        self._commits: dict[Future[None], Shard] = {}
+        self._told_s = 0.0
+
+    def score(self, info: ModelInfo, config: Config) -> None:
+        """Scores and commits all shards that are not committed yet."""
+        for shard in self._ledger.leftovers():
+            self._store.delete(self._ledger.names(shard))
+            self._ledger.commit(shard)
+        with ThreadPoolExecutor(COMMITS_AT_ONCE, thread_name_prefix="tandem-commit") as threads:
+            for shard in self._ledger.ready():
+                self._commit(threads, self._plan.shards[shard])
+            work = self._work()
+            self._tally = Tally()
+            if work:
+                for receipt in _receipts(self._path(info), work, 1 + (config.pool.replicas - 1) // REPLICAS_PER_CALLER):
+                    self._take(receipt, threads)
+            self._reap(wait=True)
+        if missing := len(self._plan.shards) - self._ledger.done:
+            raise JobError(f"{missing} shards are not complete; submit the job again to go on with it")
+
+    def finish(self, seconds: float) -> Report:
+        """Writes `_SUCCESS`, which is what marks a finished job, and tells what was done."""
+        elapsed_s = self._tally.elapsed_s()
+        report = Report(
+            output=self._store.url,
+            model=self._plan.spec.model,
+            revision=self._plan.revision,
+            shards=len(self._plan.shards),
+            resumed=self._resumed,
+            images=self._tally.images,
+            errors=self._tally.errors,
+            seconds=round(seconds, 3),
+            startup_s=round(seconds - elapsed_s, 3),
+            images_per_s=round(self._tally.images / elapsed_s, 1),
+            replicas=dict(self._tally.replicas),
+            stage_seconds={stage: round(spent, 3) for stage, spent in self._tally.stage_seconds.items()},
+        )
+        self._tell("done")
+        self._store.write(JobPaths.SUCCESS, json.dumps(report.to_dict(), indent=2).encode())
+        return report
+
+    def _path(self, info: ModelInfo) -> DataPath:
+        spec = self._plan.spec
+        return DataPath(
+            source=input_store(spec),
+            target=self._store,
+            columns=spec.columns,
+            limits=spec.limits,
+            model=spec.model,
+            transform=info.transform,
+            labels=info.labels,
+            top_k=min(spec.top_k, len(info.labels)),
+        )
+
+    def _work(self) -> list[tuple[Shard, frozenset[int]]]:
+        under_way = {shard.number for shard in self._commits.values()}
+        return [
+            (shard, self._ledger.staged(shard.number))
+            for shard in self._plan.shards
+            if shard.number not in under_way and not self._ledger.committed(shard.number)
+        ]
+
+    def _take(self, receipt: Receipt, threads: ThreadPoolExecutor) -> None:
+        self._tally.add(receipt)
+        if self._ledger.stage(receipt.shard, receipt.chunk, receipt.last):
+            self._commit(threads, self._plan.shards[receipt.shard])
+        self._reap(wait=False)
+        if time.monotonic() - self._told_s > PROGRESS_EVERY_S:
+            self._tell("score")
+
+    def _commit(self, threads: ThreadPoolExecutor, shard: Shard) -> None:
+        names = self._ledger.names(shard.number)
+        self._commits[threads.submit(commit_shard, self._store, self._plan, shard, names)] = shard
+
+    def _reap(self, *, wait: bool) -> None:
+        for future in [future for future in self._commits if wait or future.done()]:
+            future.result()
+            shard = self._commits.pop(future)
+            self._ledger.commit(shard.number)
+            self._bytes_done += shard.size
+
+    def _tell(self, phase: str) -> None:
+        progress = Progress(
+            phase=phase,
+            shards=len(self._plan.shards),
+            shards_done=self._ledger.done,
+            images=self._tally.images,
+            errors=self._tally.errors,
+            bytes_total=self._bytes_total,
+            bytes_done=self._bytes_done,
+            elapsed_s=round(self._tally.elapsed_s(), 3),
+        )
+        self._told_s = time.monotonic()
+        self._on_progress(progress)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._store.write(JobPaths.PROGRESS, json.dumps({"updated_at": now, **progress.to_dict()}, indent=2).encode())
+
+
+def _receipts(path: DataPath, work: list[tuple[Shard, frozenset[int]]], callers: int) -> Iterator[Receipt]:
+    """The data path's receipts, with errors of workers told as what they are."""
+    try:
+        yield from path.receipts(work, callers)
+    except RayTaskError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, TandemError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is not None:
+            raise cause from error
+        raise JobError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
+    except RayError as error:
+        raise JobError(f"the cluster failed: {str(error).strip().splitlines()[0]}") from error
+
+
+def _finished(plan: Plan, store: Store) -> Report:
+    done: dict[str, Any] = json.loads(store.read(JobPaths.SUCCESS))
+    return replace(Report(**done), resumed=len(plan.shards), images=0, errors=0, seconds=0.0, images_per_s=0.0)

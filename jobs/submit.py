@@ -1,0 +1,58 @@
+"""`tandem submit`: to a cluster by its job API, or on a Ray of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deployments.cluster import find_local, local_ray, start_serve
+from deployments.config import Config
+from jobs.screen import Screen
+from jobs.spec import JobSpec
+from pipeline.errors import UsageError
+
+
+def submit_job(screen: Screen, spec: JobSpec, config: Config, *, address: str | None, wait: bool) -> None:
+    """Runs or sends the job, and tells what became of it. Raises `TandemError`."""
+    address = address or find_local()
+    if address is None and not wait:
+        raise UsageError("no cluster: give --address http://HEAD:8265, or --wait to run the job on this machine")
+    if address is None:
+        _show(screen, _run_here(screen, spec, config))
+        return
+    from jobs.remote import Cluster, follow, submit_request
+
+    cluster = Cluster(address)
+    job = cluster.start(submit_request(spec, config))
+    if not wait:
+        screen.result({"job": job, "address": address, "output": spec.output})
+        screen.say(f"job {job} runs at {address}; follow it with: ray job logs --address {address} --follow {job}")
+        return
+    with screen.progress("waiting for the cluster") as bar:
+        report = follow(cluster.events(job), bar.show)
+    _show(screen, {"job": job, **report})
+
+
+def _run_here(screen: Screen, spec: JobSpec, config: Config) -> dict[str, Any]:
+    from jobs.plan import find_input
+
+    # a wrong bucket or path is told at once, not after Ray has started
+    find_input(spec)
+    with screen.progress("starting Ray") as bar, local_ray():
+        start_serve(http=False)
+        from jobs.run import run_job
+
+        return run_job(spec, config, bar.show).to_dict()
+
+
+def _show(screen: Screen, report: dict[str, Any]) -> None:
+    screen.result(report)
+    if report["resumed"] == report["shards"]:
+        screen.say(f"{report['output']} was finished already: {report['shards']:,} shards")
+        return
+    screen.say(
+        f"{report['images']:,} images in {report['shards'] - report['resumed']:,} shards scored in "
+        f"{report['seconds']:,.1f} s ({report['images_per_s']:,.0f} images/s), {report['errors']:,} errors"
+    )
+    if report["resumed"]:
+        screen.say(f"{report['resumed']:,} shards stood already")
+    screen.say(f"output: {report['output']}")

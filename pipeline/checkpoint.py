@@ -1,0 +1,68 @@
+"""Where a model's files are, and which revision of it they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import HubUnreachable, ModelError
+
+# Configuration and safetensors: no pickles, no Python.
+FILES = ("config.json", "preprocessor_config.json", "processor_config.json", "*.safetensors", "*.safetensors.index.json")
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A folder as `save_pretrained` makes it. `revision` is the hub's commit, or a digest of the folder's files."""
+
+    name: str
+    path: Path
+    revision: str
+
+
+def find_checkpoint(name: str) -> Checkpoint:
+    """The checkpoint that MODEL names: a folder, or a hub id with an optional `@REVISION`.
+
+    Files of the hub are fetched into Hugging Face's own cache. Raises `ModelError`, and `HubUnreachable` where the hub
+    does not answer and the cache has no copy.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Checkpoint(name=name, path=path, revision=_digest(path))
+    match = _HUB_ID.fullmatch(name)
+    if not match or name.startswith("."):
+        raise ModelError(f"model {name!r}: no such folder on {os.uname().nodename}, and not a hub id")
+    return _from_hub(name, match["repo"], match["revision"])
+
+
+def _from_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
+    import httpx
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        path = Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES)))
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        hint = "check the id; a private or gated model needs HF_TOKEN"
+        raise ModelError(f"model {name!r}: the hub has no such model or revision; {hint}") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        raise HubUnreachable(
+            f"model {name!r}: no such folder here, and the model hub cannot be reached; give a folder made by "
+            "save_pretrained, or fill the Hugging Face cache first"
+        ) from error
+    return Checkpoint(name=name, path=path, revision=path.name)
+
+
+def _digest(folder: Path) -> str:
+    files = sorted({file for pattern in FILES for file in folder.glob(pattern)})
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model {str(folder)!r}: the folder has no config.json; give one made by save_pretrained")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"sha256-{digest.hexdigest()[:40]}"

@@ -1,0 +1,143 @@
+"""Chunks: some hundred images of one shard, the unit that travels, is scored, and is tried again.
+
+A chunk is **one row** of a Ray Data block, so that no splitting or coalescing of blocks can tear it. The rows of the
+shard that it stands for are a table of their own inside it: `rows`, in Arrow's IPC format, is passed on untouched from
+reader to output while the images beside it are decoded and scored.
+
+The n-th chunk of a shard is the same on every read: its bounds follow from the shard's content and the limits below,
+which the plan records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import ShardError
+from pipeline.inputs import Reader, Sample
+
+IMAGES_PER_CHUNK = 256
+BYTES_PER_CHUNK = 32 << 20  # of encoded images
+
+# The columns of `rows` that are Tandem's own; what is carried along follows them.
+KEY, ROW, STAGE, ERROR = "key", "row", "stage", "error"
+OWN_FIELDS = [
+    pa.field(KEY, pa.string(), nullable=False),
+    pa.field(ROW, pa.int64()),  # null where a whole shard, not one of its rows, is at fault
+    pa.field(STAGE, pa.string()),  # where it failed: read, decode or score; null for a row without an error
+    pa.field(ERROR, pa.string()),
+]
+# Output columns have these names already, so an input column of the same name is carried as `input_NAME`.
+RESERVED = frozenset(("key", "shard", "row", "label", "score", "labels", "scores", "stage", "error"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkLimits:
+    """A chunk ends at so many images, or when its encoded images pass so many bytes."""
+
+    images: int = IMAGES_PER_CHUNK
+    bytes: int = BYTES_PER_CHUNK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """The `index`-th chunk of a shard. `images` are the encoded images of those rows that have no error, in order."""
+
+    index: int
+    last: bool
+    rows: pa.Table
+    images: list[bytes]
+
+
+def chunks(reader: Reader, shard_name: str, limits: ChunkLimits) -> Iterator[Chunk]:
+    """The shard's chunks, at least one, the final one marked `last`.
+
+    A `ShardError` on the way becomes an error row of the final chunk: what was read before it is not lost.
+    """
+    schema = rows_schema(reader.carried)
+    index, held = 0, _Held()
+    try:
+        for sample in reader:
+            if held.full(limits):
+                yield held.chunk(schema, index, last=False)
+                index, held = index + 1, _Held()
+            held.add(sample)
+    except ShardError as error:
+        held.fail(shard_name, str(error), len(reader.carried))
+    yield held.chunk(schema, index, last=True)
+
+
+def failed_shard(shard_name: str, error: ShardError) -> Chunk:
+    """The only chunk of a shard that cannot even be opened."""
+    held = _Held()
+    held.fail(shard_name, str(error), 0)
+    return held.chunk(rows_schema(pa.schema([])), 0, last=True)
+
+
+def rows_schema(carried: pa.Schema) -> pa.Schema:
+    """Tandem's own columns, then those carried along, under names that do not hide an output column."""
+    return pa.schema([*OWN_FIELDS, *(column.with_name(carried_name(column.name)) for column in carried)])
+
+
+def carried_name(name: str) -> str:
+    """An input column's name in the output."""
+    return f"input_{name}" if name in RESERVED else name
+
+
+def to_ipc(table: pa.Table) -> bytes:
+    """The table in Arrow's IPC stream format, schema and metadata included."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def from_ipc(data: bytes | pa.Buffer) -> pa.Table:
+    """The reverse of `to_ipc`."""
+    with pa.ipc.open_stream(data) as reader:
+        return reader.read_all()
+
+
+@dataclass
+class _Held:
+    """The chunk being filled."""
+
+    keys: list[str] = field(default_factory=list)
+    numbers: list[int | None] = field(default_factory=list)
+    errors: list[str | None] = field(default_factory=list)
+    carried: list[tuple[Any, ...]] = field(default_factory=list)
+    images: list[bytes] = field(default_factory=list)
+    bytes: int = 0
+
+    def full(self, limits: ChunkLimits) -> bool:
+        return len(self.keys) >= limits.images or self.bytes >= limits.bytes
+
+    def add(self, sample: Sample) -> None:
+        self.keys.append(sample.key)
+        self.numbers.append(sample.row)
+        self.errors.append(sample.error)
+        self.carried.append(sample.carried)
+        if sample.data is not None:
+            self.images.append(sample.data)
+            self.bytes += len(sample.data)
+
+    def fail(self, key: str, error: str, carried: int) -> None:
+        self.keys.append(key)
+        self.numbers.append(None)
+        self.errors.append(error)
+        self.carried.append((None,) * carried)
+
+    def chunk(self, schema: pa.Schema, index: int, *, last: bool) -> Chunk:
+        stages = ["read" if error else None for error in self.errors]
+        own = [_utf8(self.keys), self.numbers, stages, _utf8(self.errors)]
+        carried = list(zip(*self.carried, strict=True)) or [()] * (len(schema) - len(OWN_FIELDS))
+        arrays = [pa.array(values, field.type) for values, field in zip([*own, *carried], schema, strict=True)]
+        return Chunk(index=index, last=last, rows=pa.table(arrays, schema=schema), images=self.images)
+
+
+def _utf8(values: list[Any]) -> list[Any]:
+    # Names in old archives and buckets need not be UTF-8; Arrow's strings must be.
+    return [value and value.encode(errors="surrogateescape").decode(errors="backslashreplace") for value in values]

@@ -1,0 +1,164 @@
+"""An encoded image file to the pixels of one model.
+
+The steps of transformers' `load_image` and image processor, with their bits: open, turn upright, make RGB, resize and
+crop. Whatever a bad file makes Pillow raise ends here as an ImageError, and its warnings end here too. (libtiff writes
+a line to stderr itself about a few damaged TIFFs; only a redirect of the whole process could stop that.)
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline.errors import ImageError, ModelError
+from pipeline.transform import ImageTransform
+
+# The size at which Pillow itself begins to warn; above twice this it refuses, whatever the caller allows.
+DEFAULT_MAX_PIXELS = 89_478_485
+
+# All that Pillow reads, but EPS (starts Ghostscript), IPTC (opens what it wraps as any format, EPS too), FITS (inflates
+# gzip without a bound), and BUFR, GRIB, HDF5, MPEG and WMF (stubs that cannot decode).
+_ALLOWED_FORMATS = {
+    *(
+        "AVIF",
+        "BMP",
+        "DIB",
+        "GIF",
+        "ICNS",
+        "ICO",
+        "JPEG",
+        "JPEG2000",
+        "PNG",
+        "PPM",
+        "PSD",
+        "QOI",
+        "TGA",
+        "TIFF",
+        "WEBP",
+    ),
+    *("BLP", "CUR", "DCX", "DDS", "FLI", "FTEX", "GBR", "IM", "IMT", "MCIDAS", "MSP", "PCD", "PCX", "PIXAR", "SGI"),
+    *("SPIDER", "SUN", "XBM", "XPM", "XVTHUMB"),
+}
+
+# How files begin that people take for images, or that are images with a damaged header.
+_SIGNATURES = (
+    (b"\xff\xd8", "a JPEG file whose header is damaged or cut short"),
+    (b"\x89PNG", "a PNG file whose header is damaged or cut short"),
+    (b"GIF8", "a GIF file whose header is damaged or cut short"),
+    (b"RIFF", "a RIFF file (WebP, AVI or WAV) that holds no WebP image, or a damaged one"),
+    (b"II*\0", "a TIFF file that is damaged, or of a kind that Pillow does not read"),
+    (b"MM\0*", "a TIFF file that is damaged, or of a kind that Pillow does not read"),
+    (b"%!PS", "EPS or PostScript, which is not read: convert it to PNG"),
+    (b"\xc5\xd0\xd3\xc6", "EPS, which is not read: convert it to PNG"),
+    (b"%PDF", "PDF, which is not read: convert it to PNG"),
+    (b"<", "text (HTML, XML or SVG)"),
+    (b"{", "text (JSON)"),
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"\x1f\x8b", "gzip data"),
+)
+
+# Pillow warns of odd files (EXIF, palettes, sizes) and logs odd TIFFs; in a batch of millions that is noise.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+_IGNORE_PILLOW = warnings.filters[0]
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+def decode_image(
+    data: bytes, transform: ImageTransform, *, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> npt.NDArray[np.uint8]:
+    """uint8 [height, width, 3], contiguous, of the first frame of an image file of any format in the allowlist.
+
+    `max_pixels` bounds the image as its header declares it, checked before anything is decoded, and each intermediate
+    of the resize. Safe to call from many threads.
+
+    Raises ImageError for all that a bad image can cause.
+    """
+    _keep_pillow_quiet()
+    image = _open(data)
+    _check_declared(image, max_pixels)
+    image_RGB = _load_rgb(image)
+    _check_resized(image_RGB, transform, max_pixels)
+    try:
+        return transform.pixels(image_RGB)
+    except ModelError:
+        raise
+    except Exception as error:  # a size of zero, no memory, or what a processor of transformers raises
+        raise ImageError(f"{_size(image_RGB)} cannot be resized for this model: {_reason(error)}") from error
+
+
+def _keep_pillow_quiet() -> None:
+    """Put the filter back in front where someone has put another before it, as a `warnings.catch_warnings` does.
+
+    The filter is one for the process: `catch_warnings` around each decode would race between threads.
+    """
+    if warnings.filters[:1] != [_IGNORE_PILLOW]:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The allowlist as far as this Pillow was built with it, in the order in which Pillow would try."""
+    Image.init()
+    return tuple(name for name in Image.ID if name in _ALLOWED_FORMATS)
+
+
+def _open(data: bytes) -> Image.Image:
+    """The image with its header read and nothing decoded."""
+    if not data:
+        raise ImageError("the file is empty (0 bytes)")
+    try:
+        return Image.open(io.BytesIO(data), formats=_formats())
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"the image is too large: {_reason(error)}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(_unidentified(data)) from error
+    except Exception as error:  # Pillow's readers raise nearly anything, from struct.error to AttributeError
+        raise ImageError(f"the image's header is damaged: {_reason(error)}") from error
+
+
+def _unidentified(data: bytes) -> str:
+    for signature, kind in _SIGNATURES:
+        if data.startswith(signature):
+            return f"not a readable image: the file looks like {kind}"
+    if data[4:8] == b"ftyp":
+        return "not a readable image: the file looks like HEIC, or like an MP4 or MOV video; convert it to JPEG"
+    return f"not an image in a format that can be read: its {len(data)} bytes begin with {data[:12]!r}"
+
+
+def _check_declared(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise ImageError(f"the image is too large: {_size(image)} is more than max_pixels={max_pixels}; shrink it")
+
+
+def _load_rgb(image: Image.Image) -> Image.Image:
+    """Decoded, upright as its EXIF says, and RGB; as `load_image`, less the copies of what is so already."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except Exception as error:  # see _open
+        raise ImageError(f"the {image.format} file is damaged or cut short: {_reason(error)}") from error
+
+
+def _check_resized(image: Image.Image, transform: ImageTransform, max_pixels: int) -> None:
+    """Refuse what would grow without bound: kept in proportion, a hair's breadth of 1 x 50000 becomes gigabytes."""
+    height, width = transform.resized_size(image.height, image.width)
+    # Along x first, as Pillow does unless it is 13 and the image tall, there is one of new width and old height between
+    if width * max(height, image.height) > max_pixels:
+        raise ImageError(
+            f"the image is too thin: {_size(image)} would grow beyond max_pixels={max_pixels} in the resize"
+        )
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width} x {image.height} pixels"
+
+
+def _reason(error: Exception) -> str:
+    """One line of it; some exceptions carry no text."""
+    return " ".join(str(error).split()) or type(error).__name__

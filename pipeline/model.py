@@ -1,0 +1,100 @@
+"""A checkpoint as a model that scores steps of images."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import transformers
+from torch.nn import functional
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.dispatcher import Scores
+from pipeline.errors import ModelError
+from pipeline.model_info import Dtype, ModelInfo
+from pipeline.transform import transform_of
+
+class Classifier:
+    """An image classifier on one device: uint8 pixels in, its best classes out.
+
+    The forward pass, and what is done to its logits, are those of transformers' image-classification pipeline: softmax,
+    or sigmoid for a multi-label head and a head of one class.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str = "auto", dtype: Dtype = "float32") -> None:
+        self.device = torch.device(_device(device))
+        processor, self._network = _load(checkpoint, getattr(torch, dtype))
+        self._network.to(self.device).eval()
+        config = self._network.config
+        self._multi_label = config.problem_type == "multi_label_classification" or config.num_labels == 1
+        self.info = ModelInfo(
+            model=checkpoint.name,
+            revision=checkpoint.revision,
+            labels=tuple(str(config.id2label[index]) for index in range(config.num_labels)),
+            transform=transform_of(processor),
+            dtype=dtype,
+            # Pillow too: its resize has changed bits between releases
+            versions={
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "pillow": PIL.__version__,
+            },
+        )
+        table = torch.from_numpy(self.info.transform.lookup_table()).to(self.device)
+        self._table = table.flatten().to(self._network.dtype)
+        self._channel_offsets = torch.arange(3, dtype=torch.int32, device=self.device) * table.shape[1]
+
+    def score(self, images_NHWC: np.ndarray, top_k: int) -> Scores:
+        """The `top_k` best classes (at most as many as there are) of uint8 images [N, H, W, 3]."""
+        with torch.inference_mode():
+            logits_NC = self.logits(torch.from_numpy(images_NHWC))
+            probabilities = torch.sigmoid(logits_NC) if self._multi_label else torch.softmax(logits_NC, dim=-1)
+            best = torch.topk(probabilities, min(top_k, logits_NC.shape[1]), dim=-1)
+            return Scores(best.indices.to("cpu", torch.int32).numpy(), best.values.cpu().numpy())
+
+    def logits(self, images_NHWC: torch.Tensor) -> torch.Tensor:
+        """float32 logits [N, classes] of uint8 images [N, H, W, 3]."""
+        indices = images_NHWC.to(self.device, non_blocking=True).to(torch.int32) + self._channel_offsets
+        # A table of the 256 values of each channel gives the very floats that the checkpoint's processor computes.
+        pixels_NHWC = functional.embedding(indices, self._table[:, None]).squeeze(-1)
+        logits: torch.Tensor = self._network(pixel_values=pixels_NHWC.permute(0, 3, 1, 2)).logits
+        return logits.float()
+
+    def warm(self, steps: tuple[int, ...]) -> None:
+        """Runs each step size once, so that no request pays for allocation and kernel choice."""
+        for images in steps:
+            shape = (images, self.info.transform.height, self.info.transform.width, 3)
+            self.score(np.zeros(shape, np.uint8), 1)
+
+
+def use_threads(threads: int | None) -> None:
+    """CPU threads of this process's model; None means one for each core."""
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The image processor and the network. Code and pickles that a checkpoint may bring are never run."""
+    try:
+        # the PIL backend is the one whose pixels are the reference; torchvision's differ by rounding
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            checkpoint.path, backend="pil", trust_remote_code=False
+        )
+        network, report = transformers.AutoModelForImageClassification.from_pretrained(
+            checkpoint.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{checkpoint.name} cannot be loaded as an image classifier: {reason}") from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill them with random numbers, and the scores would mean nothing
+        raise ModelError(f"{checkpoint.name} has no trained weights for {', '.join(missing[:3])}: not a classifier")
+    return processor, network

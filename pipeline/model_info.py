@@ -1,0 +1,22 @@
+"""What callers of a model must know of it. Free of torch: callers do not load it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.transform import ImageTransform
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """A loaded checkpoint: `labels[index]` names a class; `versions` are those of the libraries that score."""
+
+    model: str
+    revision: str
+    labels: tuple[str, ...]
+    transform: ImageTransform
+    dtype: Dtype
+    versions: dict[str, str]
