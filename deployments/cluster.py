@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import PoolFailed
 
@@ -107,22 +108,30 @@ def join_ray() -> None:
     ray.init(log_to_driver=False, logging_level=logging.CRITICAL)
 
 
-def start_serve(*, host: str = "127.0.0.1", port: int = 8000, http: bool = True) -> str:
-    """Starts Serve, or joins the one that runs in this cluster; returns the URL at which it answers.
+def start_serve(*, http: bool) -> None:
+    """Starts Serve, unless it runs in this cluster already; `http` only if something may want an endpoint later."""
+    _start_serve("HeadOnly" if http else "Disabled", None)
+
+
+def serve_at(host: str, port: int) -> str:
+    """Starts Serve with its HTTP side at `host` and `port`, or joins the one that runs; returns the URL.
 
     Raises `PoolFailed` where nothing answers there: a Serve that runs keeps the address that it was started with.
     """
+    _start_serve("HeadOnly", {"host": host, "port": port})
+    url = f"http://{host}:{port}"
+    if not _answers(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/-/healthz"):
+        raise PoolFailed(
+            f"Serve runs in this cluster, but not at {url}: give the --host and --port it was started with"
+        )
+    return url
+
+
+def _start_serve(proxy_location: str, http_options: dict[str, Any] | None) -> None:
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(
-        proxy_location="HeadOnly" if http else "Disabled",
-        http_options={"host": host, "port": port} if http else None,
-    )
-    url = f"http://{host}:{port}"
-    if http and not _answers(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/-/healthz"):
-        raise PoolFailed(f"Serve runs in this cluster, but not at {url}: give the --host and --port it was started with")
-    return url
+    serve.start(proxy_location=proxy_location, http_options=http_options)
 
 
 def _answers(url: str) -> bool:

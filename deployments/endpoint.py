@@ -28,7 +28,9 @@ MAX_ONGOING_REQUESTS = 2048
 class Endpoint:
     """The `Scorer` behind the routes. It starts only once the pool is warm."""
 
-    async def __init__(self, model: str, config: EndpointConfig, startup_timeout_s: float) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, model: str, config: EndpointConfig, startup_timeout_s: float
+    ) -> None:
         self._config = config
         self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="tandem-decode")
         self._pool = pool_handle(model)
@@ -65,12 +67,12 @@ def serve_model(model: str, config: Config) -> ModelInfo:
 
     Raises `ModelError`, `PoolFailed`.
     """
-    deployment = serve.deployment(Endpoint).options(
+    deployment = serve.deployment(
         name=DEPLOYMENT,
         num_replicas=config.endpoint.replicas,
         ray_actor_options={"num_cpus": config.endpoint.cpus},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-    )
+    )(Endpoint)
     application = deployment.bind(model, config.endpoint, config.pool.startup_timeout_s)
     deploy(model, config.pool)
     serve.run_many([RunTarget(application, name=APP)], wait_for_applications_running=False)

@@ -47,7 +47,7 @@ class Answer:
 class ModelReplica:
     """One model actor."""
 
-    async def __init__(self, model: str, config: PoolConfig) -> None:
+    async def __init__(self, model: str, config: PoolConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self.replica = serve.get_replica_context().replica_id.unique_id
         self._problem: ModelError | None = None
         try:
@@ -98,7 +98,7 @@ class ModelReplica:
     async def stats(self) -> dict[str, Any]:
         """This replica's id, and for each lane the images scored so far and those that wait."""
         dispatcher = self._dispatcher
-        lanes = {lane: {"scored": dispatcher.images[lane], "backlog": dispatcher.backlog(lane)} for lane in Lane}
+        lanes = {str(lane): {"scored": dispatcher.images[lane], "backlog": dispatcher.backlog(lane)} for lane in Lane}
         return {"replica": self.replica, **lanes}
 
     async def _score(self, lane: Lane, images_NHWC: np.ndarray, top_k: int) -> Answer | Busy:
@@ -133,13 +133,13 @@ def bring_up(model: str, config: PoolConfig) -> ModelInfo:
 
 def deploy(model: str, config: PoolConfig) -> None:
     """Has Serve start the pool, and does not wait for it."""
-    deployment = serve.deployment(ModelReplica).options(
+    deployment = serve.deployment(
         name=DEPLOYMENT,
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": _gpus(config)},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_constructor_retry_count=3,
-    )
+    )(ModelReplica)
     target = RunTarget(deployment.bind(model, config), name=app_name(model), route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
 
@@ -189,4 +189,5 @@ def _reason(status: ApplicationStatusOverview) -> str:
 def _gpus(config: PoolConfig) -> float:
     if config.gpus is not None:
         return config.gpus
-    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return 1.0 if resources.get("GPU", 0) >= 1 else 0.0

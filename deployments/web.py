@@ -50,7 +50,9 @@ class Problem(Exception):
 
 def build_app(scorer: Scorer, config: EndpointConfig) -> FastAPI:
     """The ASGI application."""
-    app = FastAPI(title="Tandem", description="Scores images on the pool's model actors.", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Tandem", description="Scores images on the pool's model actors.", docs_url=None, redoc_url=None
+    )
 
     @app.post("/predict")
     async def predict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -152,13 +153,12 @@ def _run() -> int:
     except click.ClickException as error:
         error.show()
         return WRONG_USAGE
-    except UsageError as error:
-        click.echo(f"tandem: {error}", err=True)
-        return WRONG_USAGE
     except TandemError as error:
-        click.echo(f"tandem: {error}", err=True)
-        return FAILED
+        for line in (f"tandem: {error}", *getattr(error, "__notes__", ())):
+            click.echo(line, err=True)
+        return WRONG_USAGE if isinstance(error, UsageError) else FAILED
     except (click.Abort, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not break off the cleaning up at exit
         click.echo("tandem: stopped", err=True)
         return FAILED
     return DONE

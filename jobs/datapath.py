@@ -116,15 +116,15 @@ def _configure(context: DataContext) -> None:
 
 def _decoders() -> int:
     """Decode tasks at once: the CPUs that the pool, its endpoint, the callers and the readers leave."""
-    free = ray.available_resources().get("CPU", 1.0)
-    return max(1, int(free - SCORE_CPUS - READ_CPUS))
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return max(1, int(free.get("CPU", 1.0) - SCORE_CPUS - READ_CPUS))
 
 
-class _Shards(Datasource):  # type: ignore[misc]
+class _Shards(Datasource):
     """One read task for each shard."""
 
     def __init__(self, path: DataPath, work: list[tuple[Shard, frozenset[int]]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._path, self._work = path, work
 
     def estimate_inmemory_data_size(self) -> int:

@@ -92,12 +92,12 @@ def _ray(bar: JobBar) -> Iterator[None]:
 
 def _score(bar: JobBar) -> tuple[dict[str, Any], Online]:
     """Brings up pool and endpoint, then runs the job and the online requests at once."""
-    from deployments.cluster import start_serve
+    from deployments.cluster import serve_at
     from deployments.endpoint import serve_model
-    from jobs.run import run_job
+    from jobs.run import prepare, run_job
 
     model, config = str((FOLDER / "digits-vit").absolute()), Config()
-    url = start_serve(port=_free_port())
+    url = serve_at("127.0.0.1", _free_port())
     bar.say("starting the pool and the endpoint")
     serve_model(model, config)
     bar.say("uploading the corpus")
@@ -109,7 +109,7 @@ def _score(bar: JobBar) -> tuple[dict[str, Any], Online]:
         columns=Columns(carry=("cls",)),
     )
     with Online(url, [digit for digit in digits() if digit.held_out], ONLINE_PER_S) as online:
-        report = run_job(spec, config, bar.show)
+        report = run_job(prepare(spec), config, bar.show)
     return report.to_dict(), online
 
 
@@ -154,7 +154,11 @@ def _result(report: dict[str, Any], online: Online, seconds: float) -> dict[str,
         "online_p50_ms": round(float(np.percentile(online.latencies_ms, 50)), 1),
         "online_p99_ms": round(float(np.percentile(online.latencies_ms, 99)), 1),
         "replicas": [
-            {"id": replica, "batch_images": report["replicas"].get(replica, 0), "online_images": online.replicas[replica]}
+            {
+                "id": replica,
+                "batch_images": report["replicas"].get(replica, 0),
+                "online_images": online.replicas[replica],
+            }
             for replica in sorted({*report["replicas"], *online.replicas})
         ],
         "seconds": round(seconds, 1),

@@ -117,7 +117,9 @@ def check_same_input(plan: Plan, shards: list[Shard], where: str) -> None:
     old, new = ({shard.name: shard for shard in some} for some in (plan.shards, shards))
     for name in [*old, *new]:
         if name not in new:
-            raise OutputConflict(f"{where}: input shard {name} is gone since the job was planned; restore it, or {_NEW}")
+            raise OutputConflict(
+                f"{where}: input shard {name} is gone since the job was planned; restore it, or {_NEW}"
+            )
         if name not in old:
             raise OutputConflict(f"{where}: input shard {name} came after the job was planned; {_NEW}")
         if old[name] != new[name]:

@@ -60,7 +60,7 @@ class Tally:
 class Progress:
     """How far a job is, for a person who watches. Counts of images and errors are this run's."""
 
-    phase: str  # "plan", "pool", "score", "done"
+    phase: str  # "pool", "score", "done"
     shards: int = 0
     shards_done: int = 0
     images: int = 0

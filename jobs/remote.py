@@ -13,14 +13,16 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from deployments.config import Config, parse_config
 from jobs.receipts import Progress
 from jobs.spec import JobSpec
+from pipeline import errors
 from pipeline.errors import JobError, TandemError, UsageError
 
 REQUEST = "TANDEM_REQUEST"
@@ -67,28 +69,37 @@ class Cluster:
 
     def events(self, job: str) -> Iterator[dict[str, Any]]:
         """What the job tells, until it ends. Raises `JobError` where it ends without a result."""
-        lines = self._client.tail_job_logs(job)
         last: list[str] = []
         ended = False
-        with asyncio.Runner() as runner:
-            rest = ""
-            while not ended:
-                try:
-                    text = rest + runner.run(anext(lines))
-                except StopAsyncIteration:
-                    break
-                *whole, rest = text.split("\n")
-                for line in whole:
-                    if line.startswith(EVENT):
-                        event = json.loads(line.removeprefix(EVENT))
-                        yield event
-                        ended = event["event"] in ("result", "error")
-                    elif line.strip():
-                        last = [*last[-4:], line.strip()]
+        for line in self._lines(job):
+            if line.startswith(EVENT):
+                event = json.loads(line.removeprefix(EVENT))
+                ended = ended or event["event"] in ("result", "error")
+                yield event
+            elif line.strip():
+                last = [*last[-4:], line.strip()]
         if not ended:
-            status = self._client.get_job_info(job)
-            reason = last[-1] if last else status.message or "it left no log"
-            raise JobError(f"job {job} is {status.status.value.lower()}: {reason} (see `ray job logs {job}`)")
+            info = self._client.get_job_info(job)
+            reason = last[-1] if last else info.message or "it left no log"
+            raise JobError(f"job {job} is {info.status.value.lower()}: {reason} (see `ray job logs {job}`)")
+
+    def _lines(self, job: str) -> Iterator[str]:
+        log = cast(AsyncGenerator[str, None], self._client.tail_job_logs(job))
+        rest = ""
+        with asyncio.Runner() as runner:
+            try:
+                while True:
+                    *lines, rest = (rest + runner.run(_next(log))).split("\n")
+                    yield from lines
+            except StopAsyncIteration:
+                yield rest
+            finally:
+                with suppress(RuntimeError):  # it does not take being closed half-way
+                    runner.run(log.aclose())
+
+
+async def _next(log: AsyncGenerator[str, None]) -> str:
+    return await anext(log)
 
 
 def submit_request(spec: JobSpec, config: Config) -> dict[str, Any]:
@@ -101,17 +112,18 @@ def serve_request(model: str, host: str, port: int, config: Config) -> dict[str,
     return {"do": "serve", "model": model, "host": host, "port": port, "config": dataclasses.asdict(config)}
 
 
-def follow(events: Iterator[dict[str, Any]], on_progress: Any) -> dict[str, Any]:
-    """The result that the events end with. Raises `JobError` for an error that they tell of."""
+def follow(events: Iterator[dict[str, Any]], on_progress: Callable[[Progress], None]) -> dict[str, Any]:
+    """The result that the events end with. Raises the error that they tell of."""
+    ending: dict[str, Any] = {}
     for event in events:
         if event["event"] == "progress":
             on_progress(Progress(**event["progress"]))
-        elif event["event"] == "error":
-            raise JobError(event["message"])
-        elif event["event"] == "result":
-            result: dict[str, Any] = event["result"]
-            return result
-    raise JobError("the job ended without a result")
+        else:
+            ending = event
+    if ending["event"] == "error":
+        raise getattr(errors, ending["kind"])(ending["message"])
+    result: dict[str, Any] = ending["result"]
+    return result
 
 
 def main() -> int:
@@ -120,27 +132,28 @@ def main() -> int:
     try:
         _tell("result", result=_do(request))
     except TandemError as error:
-        _tell("error", message=str(error))
+        _tell("error", kind=type(error).__name__, message=str(error))
         return 1
     return 0
 
 
 def _do(request: dict[str, Any]) -> dict[str, Any]:
-    from deployments.cluster import join_ray, start_serve
+    from deployments.cluster import join_ray, serve_at, start_serve
 
-    join_ray()
     config = parse_config(request["config"])
     if request["do"] == "serve":
         from deployments.endpoint import serve_model
 
-        url = start_serve(host=request["host"], port=request["port"])
+        join_ray()
+        url = serve_at(request["host"], request["port"])
         info = serve_model(request["model"], config)
         return {"url": url, "model": info.model, "revision": info.revision}
-    from jobs.run import run_job
+    from jobs.run import prepare, run_job
 
-    start_serve()
-    spec = JobSpec.from_json(request["spec"])
-    return run_job(spec, config, lambda progress: _tell("progress", progress=progress.__dict__)).to_dict()
+    job = prepare(JobSpec.from_json(request["spec"]))
+    join_ray()
+    start_serve(http=True)
+    return run_job(job, config, lambda progress: _tell("progress", progress=progress.__dict__)).to_dict()
 
 
 def _tell(event: str, **content: Any) -> None:

@@ -67,30 +67,53 @@ class Report:
         return dict(self.__dict__)
 
 
-def run_job(spec: JobSpec, config: Config, on_progress: OnProgress = lambda progress: None) -> Report:
-    """Runs the job, or goes on with it, on the Ray and Serve that this process has joined.
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A job that may run: what INPUT and OUTPUT hold. `plan` is None for a new job; `report` is that of a finished one."""
 
-    Raises `TandemError`: `UsageError`, `StorageError` and `OutputConflict` before any work is done, `JobError` after.
+    spec: JobSpec
+    store: Store
+    plan: Plan | None
+    shards: list[Shard]
+    names: list[str]
+    report: Report | None = None
+
+
+def prepare(spec: JobSpec) -> Prepared:
+    """Looks at INPUT and OUTPUT, without Ray: what cannot work is found here, in the time of two listings.
+
+    Raises `StorageError`, `UsageError`, and `OutputConflict` for an OUTPUT that is another job's or nobody's.
     """
-    started = time.monotonic()
     store = open_store(spec.output)
-    on_progress(Progress(phase="plan"))
     plan = read_plan(store)
     names = [info.name for info in store.list()] if plan else _foreign(store)
     if plan is not None:
         check_same_spec(plan, spec, spec.output)
         if JobPaths.SUCCESS in names:
-            return _finished(plan, store)
+            report = _finished(plan, store)
+            return Prepared(spec=spec, store=store, plan=plan, shards=plan.shards, names=names, report=report)
     shards = find_input(spec)
     if plan is not None:
         check_same_input(plan, shards, spec.output)
-    on_progress(Progress(phase="pool", shards=len(shards)))
-    with _pool(spec.model, config) as info:
+    return Prepared(spec=spec, store=store, plan=plan, shards=shards, names=names)
+
+
+def run_job(job: Prepared, config: Config, on_progress: OnProgress = lambda progress: None) -> Report:
+    """Runs the job, or goes on with it, on the Ray and Serve that this process has joined.
+
+    Raises `OutputConflict` where another model would score the rest, `ModelError`, `PoolError`, `JobError`.
+    """
+    if job.report is not None:
+        return job.report
+    started = time.monotonic()
+    on_progress(Progress(phase="pool", shards=len(job.shards)))
+    with _pool(job.spec.model, config) as info:
+        plan = job.plan
         if plan is None:
-            plan = make_plan(spec, shards, info)
-            write_plan(store, plan)
-        check_same_model(plan, info, spec.output)
-        run = _Run(plan, store, Ledger(plan.shards, names), on_progress)
+            plan = make_plan(job.spec, job.shards, info)
+            write_plan(job.store, plan)
+        check_same_model(plan, info, job.spec.output)
+        run = _Run(plan, job.store, Ledger(plan.shards, job.names), on_progress)
         run.score(info, config)
     return run.finish(time.monotonic() - started)
 

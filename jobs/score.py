@@ -37,7 +37,9 @@ def _score(client: httpx.Client, image: str, top_k: int) -> dict[str, Any]:
     except OSError as error:
         return {"image": image, "error": error.strerror}
     except httpx.HTTPError as error:
-        raise JobError(f"--url {client.base_url}: no endpoint answers ({error}); start one with tandem serve") from error
+        raise JobError(
+            f"--url {client.base_url}: no endpoint answers ({error}); start one with tandem serve"
+        ) from error
     if response.is_success:
         return {"image": image, "predictions": response.json()}
     try:

@@ -46,14 +46,14 @@ class Screen:
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("shards  {task.fields[told]}"), TimeElapsedColumn(),
         )  # fmt: skip
-        with Progress(*columns, console=self.notes, transient=True) as bar:
+        with Progress(*columns, console=self.notes, transient=True, disable=not self.notes.is_terminal) as bar:
             yield JobBar(bar, bar.add_task(title, total=None, told=""))
 
 
 class JobBar:
     """Shows a job's progress."""
 
-    PHASES = {"plan": "looking at the input", "pool": "starting the pool", "score": "scoring", "done": "done"}
+    PHASES = {"pool": "starting the pool", "score": "scoring", "done": "done"}
 
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task = bar, task
@@ -96,14 +96,15 @@ def own_screen(*, as_json: bool) -> Iterator[Screen]:
     try:
         with os.fdopen(os.dup(saved[0]), "w") as out, os.fdopen(os.dup(saved[1]), "w") as err:
             yield Screen(out, err, as_json=as_json)
-    except (Exception, KeyboardInterrupt) as error:
-        error.add_note(path)
+    except Exception as error:
+        if os.path.getsize(path):
+            error.add_note(f"what libraries printed is in {path}")
         raise
-    else:
-        os.unlink(path)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        if not getattr(sys.exception(), "__notes__", None):
+            os.unlink(path)
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
         os.close(saved[0])

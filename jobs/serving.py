@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 
-from deployments.cluster import announce, local_ray, start_serve
+from deployments.cluster import announce, local_ray, serve_at
 from deployments.config import Config
 from jobs.screen import Screen
 
@@ -19,7 +19,7 @@ def serve_here(screen: Screen, model: str, host: str, port: int, config: Config)
     with local_ray(dashboard=True) as dashboard:
         from deployments.endpoint import serve_model
 
-        url = start_serve(host=host, port=port)
+        url = serve_at(host, port)
         info = serve_model(model, config)
         with announce(dashboard):
             screen.say(f"{info.model} ({info.revision}) answers at {url}")

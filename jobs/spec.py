@@ -37,7 +37,9 @@ class JobSpec:
             raise UsageError(f"--carry {twice.pop()} is given twice")
         source, target = (open_store(url).url.rstrip("/") + "/" for url in (self.input, self.output))
         if source.startswith(target) or target.startswith(source):
-            raise UsageError(f"INPUT {self.input} and OUTPUT {self.output} lie within each other; choose another OUTPUT")
+            raise UsageError(
+                f"INPUT {self.input} and OUTPUT {self.output} lie within each other; choose another OUTPUT"
+            )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

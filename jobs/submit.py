@@ -33,15 +33,14 @@ def submit_job(screen: Screen, spec: JobSpec, config: Config, *, address: str | 
 
 
 def _run_here(screen: Screen, spec: JobSpec, config: Config) -> dict[str, Any]:
-    from jobs.plan import find_input
+    from jobs.run import prepare, run_job
 
-    # a wrong bucket or path is told at once, not after Ray has started
-    find_input(spec)
+    job = prepare(spec)  # a wrong bucket is told at once, not after Ray has started
+    if job.report is not None:
+        return job.report.to_dict()
     with screen.progress("starting Ray") as bar, local_ray():
         start_serve(http=False)
-        from jobs.run import run_job
-
-        return run_job(spec, config, bar.show).to_dict()
+        return run_job(job, config, bar.show).to_dict()
 
 
 def _show(screen: Screen, report: dict[str, Any]) -> None:
