@@ -41,7 +41,7 @@ def quiet() -> None:
 
 @contextmanager
 def local_ray(*, dashboard: bool = False) -> Iterator[str]:
-    """A Ray of this process's own, on loopback, for as long as the context lasts; its dashboard's URL, if it has one."""
+    """A Ray of this process's own, on loopback, for as long as the context lasts; yields its dashboard's URL, or ""."""
     # Ray would write a token file into the user's home, and so change how every later Ray of this user starts.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token":
@@ -67,7 +67,7 @@ def local_ray(*, dashboard: bool = False) -> Iterator[str]:
 
 @contextmanager
 def announce(address: str) -> Iterator[None]:
-    """Lets other commands of this user find the cluster at `address` (its job API), for as long as the context lasts."""
+    """Lets other commands of this user find the cluster with its job API at `address`, while the context lasts."""
     path = _state_file()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.unlink(missing_ok=True)
@@ -120,7 +120,8 @@ def serve_at(host: str, port: int) -> str:
     """
     _start_serve("HeadOnly", {"host": host, "port": port})
     url = f"http://{host}:{port}"
-    if not _answers(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/-/healthz"):
+    everywhere = ("0.0.0.0", "::")  # noqa: S104 -- where a user asks for it
+    if not _answers(f"http://{'127.0.0.1' if host in everywhere else host}:{port}/-/healthz"):
         raise PoolFailed(
             f"Serve runs in this cluster, but not at {url}: give the --host and --port it was started with"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -26,7 +27,7 @@ class PoolConfig:
 
     `gpus` per replica; None means one where the cluster has GPUs, otherwise none. `device` is what torch calls it, or
     "auto". `threads` of torch per replica on a CPU; None means one for each core. `max_step` is in images; None means
-    128 on a GPU and 32 on a CPU. `online_step_ms` bounds a step while online requests are about. Backlogs are in images.
+    128 on a GPU and 32 on a CPU. `online_step_ms` bounds steps while online requests are about. Backlogs are in images.
     """
 
     replicas: int = 1
@@ -77,13 +78,13 @@ def load_config(path: str | None) -> Config:
     if path is None:
         return Config()
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     try:
-        return parse_config(content)
+        return parse_config({} if content is None else content)
     except UsageError as error:
         raise UsageError(f"--config {path}: {error}") from error
 
@@ -92,8 +93,8 @@ def parse_config(content: Any) -> Config:
     """The configuration that a mapping of sections says. Raises `UsageError`."""
     sections = _known(content, Config, "the file")
     return Config(
-        pool=_section(PoolConfig, sections.get("pool", {}), "pool"),
-        endpoint=_section(EndpointConfig, sections.get("endpoint", {}), "endpoint"),
+        pool=_section(PoolConfig, sections.get("pool"), "pool"),
+        endpoint=_section(EndpointConfig, sections.get("endpoint"), "endpoint"),
     )
 
 
@@ -101,12 +102,15 @@ Section = TypeVar("Section", PoolConfig, EndpointConfig)
 
 
 def _section(kind: type[Section], content: Any, where: str) -> Section:
-    options = _known(content, kind, where)
+    options = _known({} if content is None else content, kind, where)
     kinds = {known.name: str(known.type) for known in fields(kind)}
     for name, value in options.items():
         if not _fits(value, kinds[name]):
             raise UsageError(f"{where}.{name} is {value!r}; it must be {kinds[name].replace(' | None', '')}")
-    return kind(**options)
+    try:
+        return kind(**options)
+    except UsageError as error:
+        raise UsageError(f"{where}.{error}") from error
 
 
 def _known(content: Any, kind: type, where: str) -> Mapping[str, Any]:
@@ -128,11 +132,13 @@ def _fits(value: Any, kind: str) -> bool:
         return False
     if "float" in kind:
         return isinstance(value, int | float)
-    return isinstance(value, int if "int" in kind else str)
+    if "int" in kind:
+        return isinstance(value, int)
+    return kind != "str" or isinstance(value, str)  # the values of other types are checked by their class
 
 
 def _at_least(config: object, low: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < low:
-            raise UsageError(f"{name} is {value}; it must be at least {low}")
+        if value is not None and not low <= value < math.inf:
+            raise UsageError(f"{name} is {value}; it must be at least {low}, and finite")

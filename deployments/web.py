@@ -10,6 +10,8 @@ Errors are `application/problem+json` (RFC 9457); their `detail` says what to do
 from __future__ import annotations
 
 import asyncio
+import logging
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, Protocol
 
@@ -17,6 +19,7 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from deployments.config import EndpointConfig
 from pipeline.errors import Busy, ImageError, PoolError
@@ -25,6 +28,16 @@ from pipeline.model_info import ModelInfo
 REPLICA_HEADER = "x-tandem-replica"  # the replica that scored, as the pool's statistics call it
 READY_TIMEOUT_S = 2.0
 RETRY_AFTER_S = 1
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class of an image, and its score."""
+
+    label: str
+    score: float
 
 
 class Scorer(Protocol):
@@ -40,7 +53,7 @@ class Scorer(Protocol):
         """The model behind it. Raises `TandemError` where there is none."""
 
 
-class Problem(Exception):
+class Problem(Exception):  # noqa: N818 -- RFC 9457's word
     """An answer other than success: its HTTP status, and in words what is wrong and what to do."""
 
     def __init__(self, status: HTTPStatus, detail: str, **headers: str) -> None:
@@ -54,20 +67,23 @@ def build_app(scorer: Scorer, config: EndpointConfig) -> FastAPI:
         title="Tandem", description="Scores images on the pool's model actors.", docs_url=None, redoc_url=None
     )
 
-    @app.post("/predict")
+    @app.post("/predict", responses=_problems(400, 413, 422, 500, 503, 504), openapi_extra={"requestBody": _IMAGE})
     async def predict(
         request: Request, response: Response, top_k: Annotated[int, Query(ge=1, le=1000)] = 5
-    ) -> list[dict[str, Any]]:
+    ) -> list[Prediction]:
+        """Scores one image; the answer lists its best classes, best first."""
         body = await _body(request, config.max_body_bytes)
         best, response.headers[REPLICA_HEADER] = await _within(config.timeout_s, scorer, body, top_k)
-        return best
+        return [Prediction(**one) for one in best]
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
+        """Answers while this process lives."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
+    @app.get("/readyz", responses=_problems(503))
     async def readyz() -> dict[str, str]:
+        """Answers with the model while the pool does."""
         try:
             info = await asyncio.wait_for(scorer.describe(), READY_TIMEOUT_S)
         except Exception as error:  # whatever keeps the pool from answering, this is the answer
@@ -94,10 +110,15 @@ async def _within(timeout_s: float, scorer: Scorer, body: bytes, top_k: int) -> 
     except TimeoutError as error:
         detail = f"no score within {timeout_s:g} s; try again later"
         raise Problem(HTTPStatus.GATEWAY_TIMEOUT, detail) from error
+    except Exception as error:
+        # Not left to Starlette: it answers in plain text, and raises again into the Serve replica.
+        _log.exception("a request failed")
+        detail = "the endpoint failed on this request; its log says why"
+        raise Problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail) from error
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:
-    """The request's body. Raises `Problem` as soon as it is known to be too long."""
+    """The request's body. Raises `Problem` for an empty one, and as soon as it is known to be too long."""
     too_long = Problem(
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an image may have {max_bytes} bytes here; send a smaller one"
     )
@@ -105,11 +126,38 @@ async def _body(request: Request, max_bytes: int) -> bytes:
     if declared.isdigit() and int(declared) > max_bytes:
         raise too_long
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise too_long
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > max_bytes:
+                raise too_long
+    except ClientDisconnect as error:  # nobody reads the answer, but raised on it would be logged as a failure
+        raise Problem(HTTPStatus.BAD_REQUEST, "the request was cut off before its end") from error
+    if not body:
+        raise Problem(HTTPStatus.BAD_REQUEST, "the body is empty; send an image file as the body")
     return bytes(body)
+
+
+_IMAGE = {
+    "required": True,
+    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+}
+_PROBLEM_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+    },
+    "required": ["type", "title", "status", "detail"],
+}
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of a route's errors."""
+    content = {"application/problem+json": {"schema": _PROBLEM_SCHEMA}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
 async def _on_problem(request: Request, problem: Any) -> JSONResponse:

@@ -18,7 +18,7 @@ class _Staged:
     last: int | None = None
 
     def complete(self) -> bool:
-        return self.last is not None and len(self.chunks) == self.last + 1
+        return self.last is not None and len(self.chunks) == self.last + 1 and max(self.chunks) == self.last
 
 
 class Ledger:
@@ -29,19 +29,24 @@ class Ledger:
         self._staged: dict[int, _Staged] = {}
         self._committed: set[int] = set()
         outputs = {shard.output: shard.number for shard in shards}
+        known = set(outputs.values())
         for name in names:
             if name in outputs:
                 self._committed.add(outputs[name])
-            elif name.startswith(JobPaths.STAGE):
-                self.stage(*JobPaths.parse_staged(name))
+            elif (staged := JobPaths.parse_staged(name)) and staged[0] in known:
+                self.stage(*staged)
 
     def stage(self, shard: int, chunk: int, last: bool) -> bool:
-        """Notes a staged chunk; True when with it all of the shard's chunks are staged. Noting one twice is no harm."""
+        """Notes a staged chunk; True when it was the one that the shard still lacked, and so once for each shard.
+
+        A chunk may be noted again, as workers that are retried stage it again.
+        """
         staged = self._staged.setdefault(shard, _Staged())
+        lacked = not staged.complete()
         staged.chunks.add(chunk)
         if last:
             staged.last = chunk
-        return staged.complete()
+        return lacked and staged.complete() and shard not in self._committed
 
     def commit(self, shard: int) -> None:
         """Notes that the shard's output file stands, and forgets its chunks."""
@@ -62,7 +67,7 @@ class Ledger:
         return [JobPaths.staged(shard, chunk, last=chunk == staged.last) for chunk in sorted(staged.chunks)]
 
     def leftovers(self) -> list[int]:
-        """Shards that are committed while chunks of them are still staged: a driver died between the two."""
+        """Shards that are committed while chunks of them are staged: a driver died in between, or a worker was late."""
         return sorted(self._committed & self._staged.keys())
 
     def ready(self) -> list[int]:

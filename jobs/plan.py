@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.spec import JobPaths, JobSpec
 from pipeline import __version__
-from pipeline.errors import JobError, NotFound, OutputConflict
+from pipeline.errors import JobError, NotFound, OutputConflict, UsageError
 from pipeline.model_info import ModelInfo
 from pipeline.shards import Shard, find_shards
 from pipeline.storage import Store, open_store, split_object
@@ -83,26 +83,32 @@ def write_plan(store: Store, plan: Plan) -> None:
 def read_plan(store: Store) -> Plan | None:
     """The plan that OUTPUT holds, or None. Raises `JobError` for one that is damaged or of another version."""
     try:
-        job: dict[str, Any] = json.loads(store.read(JobPaths.JOB))
-        lines = store.read(JobPaths.PLAN)
+        written = store.read(JobPaths.JOB)
     except NotFound:
         return None
-    if job["version"] != FORMAT_VERSION:
-        raise JobError(f"{store.url} holds a job of format {job['version']}; this Tandem writes {FORMAT_VERSION}")
-    if hashlib.sha256(lines).hexdigest() != job["plan_sha256"]:
-        raise JobError(f"{store.url}/{JobPaths.PLAN} does not belong to {JobPaths.JOB}; choose a new OUTPUT")
-    return Plan(
-        spec=JobSpec.from_json(json.dumps(job["spec"])),
-        revision=job["revision"],
-        dtype=job["dtype"],
-        versions=job["versions"],
-        shards=[Shard(**json.loads(line)) for line in lines.splitlines()],
-    )
+    try:
+        job: dict[str, Any] = json.loads(written)
+        if job["version"] != FORMAT_VERSION:
+            raise JobError(f"{store.url} holds a job of format {job['version']}; this Tandem writes {FORMAT_VERSION}")
+        lines = store.read(JobPaths.PLAN)
+        if hashlib.sha256(lines).hexdigest() != job["plan_sha256"]:
+            raise JobError(f"{store.url}/{JobPaths.PLAN} does not belong to {JobPaths.JOB}; {_NEW}")
+        return Plan(
+            spec=JobSpec.from_json(json.dumps(job["spec"])),
+            revision=job["revision"],
+            dtype=job["dtype"],
+            versions=job["versions"],
+            shards=[Shard(**json.loads(line)) for line in lines.splitlines()],
+        )
+    except NotFound as error:
+        raise JobError(f"{store.url} holds {JobPaths.JOB} without its {JobPaths.PLAN}; {_NEW}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+        raise JobError(f"{store.url}/{JobPaths.JOB} is damaged ({error!r}); {_NEW}") from error
 
 
 def check_same_spec(plan: Plan, spec: JobSpec, where: str) -> None:
-    """Raises `OutputConflict` where OUTPUT belongs to a job that asked for something else."""
-    old, new = (_flat(json.loads(one.to_json())) for one in (plan.spec, spec))
+    """Raises `OutputConflict` where the plan, which was found at the spec's OUTPUT, asked for something else."""
+    old, new = (_comparable(one) for one in (plan.spec, spec))
     _refuse({name: (old[name], new[name]) for name in old if old[name] != new[name]}, where)
 
 
@@ -115,13 +121,12 @@ def check_same_model(plan: Plan, info: ModelInfo, where: str) -> None:
 def check_same_input(plan: Plan, shards: list[Shard], where: str) -> None:
     """Raises `OutputConflict`, naming the first shard that changed, came or went since the job was planned."""
     old, new = ({shard.name: shard for shard in some} for some in (plan.shards, shards))
-    for name in [*old, *new]:
-        if name not in new:
-            raise OutputConflict(
-                f"{where}: input shard {name} is gone since the job was planned; restore it, or {_NEW}"
-            )
-        if name not in old:
-            raise OutputConflict(f"{where}: input shard {name} came after the job was planned; {_NEW}")
+    # in this order: one that came or went also changes the numbers of those behind it
+    if gone := [name for name in old if name not in new]:
+        raise OutputConflict(f"{where}: input shard {gone[0]} is gone since the job was planned; restore it, or {_NEW}")
+    if came := [name for name in new if name not in old]:
+        raise OutputConflict(f"{where}: input shard {came[0]} came after the job was planned; {_NEW}")
+    for name in old:
         if old[name] != new[name]:
             raise OutputConflict(f"{where}: input shard {name} changed since the job was planned; {_NEW}")
 
@@ -133,6 +138,12 @@ def _refuse(differences: dict[str, tuple[Any, Any]], where: str) -> None:
     if differences:
         told = "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in differences.items())
         raise OutputConflict(f"{where} belongs to a job that differs: {told}; repeat that job's options, or {_NEW}")
+
+
+def _comparable(spec: JobSpec) -> dict[str, Any]:
+    flat = _flat(json.loads(spec.to_json()))
+    del flat["output"]  # it may be written in several ways, and is the same one: it holds the plan
+    return flat | {"input": spec.input.rstrip("/")}
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -48,7 +48,7 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A finished job. Counts of images, errors and seconds are this run's; `resumed` shards were committed before it."""
+    """A finished job. Images, errors and seconds are those of this run; `resumed` shards were committed before it."""
 
     output: str
     model: str
@@ -69,7 +69,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A job that may run: what INPUT and OUTPUT hold. `plan` is None for a new job; `report` is that of a finished one."""
+    """A job that may run, and what INPUT and OUTPUT hold. A new job has no `plan`; a finished one has a `report`."""
 
     spec: JobSpec
     store: Store

@@ -17,10 +17,13 @@ TIMEOUT_S = 60.0
 def score_files(screen: Screen, images: Sequence[str], url: str, top_k: int) -> bool:
     """Scores the files one by one and tells their classes; False where one of them failed.
 
-    Raises `JobError` where nothing answers at `url`.
+    Raises `JobError` where no endpoint answers at `url`.
     """
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
-        answers = [_score(client, image, top_k) for image in images]
+    try:
+        with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
+            answers = [_score(client, image, top_k) for image in images]
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise JobError(f"--url {url}: no endpoint answers ({error}); start one with tandem serve") from error
     screen.result(answers)
     for answer in answers:
         screen.say(answer["image"])
@@ -33,16 +36,14 @@ def score_files(screen: Screen, images: Sequence[str], url: str, top_k: int) -> 
 
 def _score(client: httpx.Client, image: str, top_k: int) -> dict[str, Any]:
     try:
-        response = client.post("/predict", params={"top_k": top_k}, content=Path(image).read_bytes())
+        content = Path(image).read_bytes()
     except OSError as error:
         return {"image": image, "error": error.strerror}
-    except httpx.HTTPError as error:
-        raise JobError(
-            f"--url {client.base_url}: no endpoint answers ({error}); start one with tandem serve"
-        ) from error
-    if response.is_success:
-        return {"image": image, "predictions": response.json()}
+    response = client.post("/predict", params={"top_k": top_k}, content=content)
     try:
-        return {"image": image, "error": response.json()["detail"]}
+        answer = response.json()
+        if response.is_success and isinstance(answer, list):
+            return {"image": image, "predictions": [{"label": best["label"], "score": best["score"]} for best in answer]}
+        return {"image": image, "error": answer["detail"]}
     except (ValueError, KeyError, TypeError):
-        return {"image": image, "error": f"HTTP {response.status_code}"}
+        return {"image": image, "error": f"HTTP {response.status_code}, not the answer of a Tandem endpoint"}

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -53,7 +53,7 @@ class Screen:
 class JobBar:
     """Shows a job's progress."""
 
-    PHASES = {"pool": "starting the pool", "score": "scoring", "done": "done"}
+    PHASES: ClassVar = {"pool": "starting the pool", "score": "scoring", "done": "done"}
 
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task = bar, task

@@ -13,14 +13,14 @@ from jobs.screen import Screen
 def serve_here(screen: Screen, model: str, host: str, port: int, config: Config) -> None:
     """Serves until SIGINT or SIGTERM. Jobs that are submitted on this machine meanwhile share the pool."""
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     screen.note("starting Ray and the pool ...")
     with local_ray(dashboard=True) as dashboard:
         from deployments.endpoint import serve_model
 
         url = serve_at(host, port)
         info = serve_model(model, config)
+        for number in (signal.SIGINT, signal.SIGTERM):  # only now: Ray puts handlers of its own in place as it starts
+            signal.signal(number, lambda *_: stop.set())
         with announce(dashboard):
             screen.say(f"{info.model} ({info.revision}) answers at {url}")
             screen.say(f"  tandem score IMAGE --url {url}")

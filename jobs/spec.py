@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from pipeline.chunks import ChunkLimits
+from pipeline.chunks import ChunkLimits, carried_name
 from pipeline.errors import UsageError
 from pipeline.inputs import Columns
 from pipeline.shards import Format, Shard
 from pipeline.storage import absolute, open_store
 
 MAX_TOP_K = 1000
+_STAGED = re.compile(r"([0-9]{8,})/([0-9]{6,})(-last)?\.arrow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,8 @@ class JobSpec:
             raise UsageError(f"--top-k is {self.top_k}; it can be 1 to {MAX_TOP_K}")
         if self.format is not None and self.format not in get_args(Format):
             raise UsageError(f"--format is {self.format!r}; it can be auto, {', '.join(get_args(Format))}")
-        if twice := {name for name in self.columns.carry if self.columns.carry.count(name) > 1}:
-            raise UsageError(f"--carry {twice.pop()} is given twice")
-        source, target = (open_store(url).url.rstrip("/") + "/" for url in (self.input, self.output))
+        _check_carried(self.columns.carry)
+        source, target = _root(self.input), _root(self.output)
         if source.startswith(target) or target.startswith(source):
             raise UsageError(
                 f"INPUT {self.input} and OUTPUT {self.output} lie within each other; choose another OUTPUT"
@@ -53,11 +55,26 @@ class JobSpec:
         return cls(**content, columns=Columns(**columns), limits=ChunkLimits(**limits))
 
 
+def _check_carried(names: tuple[str, ...]) -> None:
+    sources: dict[str, str] = {}
+    for name in names:
+        column = carried_name(name)
+        if sources.get(column) == name:
+            raise UsageError(f"--carry {name} is given twice")
+        if column in sources:
+            raise UsageError(f"--carry {sources[column]} and --carry {name} would both be column {column} of OUTPUT")
+        sources[column] = name
+
+
+def _root(url: str) -> str:
+    """The store's URL, ending in a slash, without the links and dots that can hide where it is."""
+    root = open_store(url).url
+    return (root if root.startswith("s3://") else os.path.realpath(root)).rstrip("/") + "/"
+
+
 def portable(model: str) -> str:
     """MODEL as it means the same in another process on this machine: a relative folder is made absolute."""
-    from pathlib import Path
-
-    return absolute(model) if Path(model).expanduser().is_dir() else model
+    return absolute(model) if model and os.path.isdir(os.path.expanduser(model)) else model
 
 
 class JobPaths:
@@ -76,10 +93,10 @@ class JobPaths:
         return f"{cls.STAGE}{shard:08d}/{chunk:06d}{'-last' if last else ''}.arrow"
 
     @classmethod
-    def parse_staged(cls, name: str) -> tuple[int, int, bool]:
-        """The reverse of `staged`: shard, chunk, and whether it is the last."""
-        shard, _, chunk = name.removeprefix(cls.STAGE).removesuffix(".arrow").partition("/")
-        return int(shard), int(chunk.removesuffix("-last")), chunk.endswith("-last")
+    def parse_staged(cls, name: str) -> tuple[int, int, bool] | None:
+        """The reverse of `staged`: shard, chunk, and whether it is the last; None for a name of another kind."""
+        match = _STAGED.fullmatch(name.removeprefix(cls.STAGE)) if name.startswith(cls.STAGE) else None
+        return (int(match[1]), int(match[2]), match[3] is not None) if match else None
 
     @classmethod
     def errors(cls, shard: Shard) -> str:

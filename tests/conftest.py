@@ -1,0 +1,75 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import s3
+from pipeline.storage import Store, open_store
+from tests.stores import Radosgw, environment, missing_programs, moto
+
+
+@pytest.fixture(scope="session")
+def moto_port() -> Iterator[int]:
+    with moto() as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Radosgw]:
+    """A real S3 store. Its absence fails the suite where it must be there, and skips its tests elsewhere."""
+    if missing := missing_programs():
+        reason = f"Ceph's {', '.join(missing)} is not installed: run .ci/install-store"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    gateway = Radosgw(tmp_path_factory.mktemp("radosgw"))
+    try:
+        gateway.start()
+        yield gateway
+    finally:
+        gateway.stop()
+
+
+@pytest.fixture(params=["local", "moto", "radosgw"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty store: a folder, and a prefix in a bucket of each S3 store."""
+    if request.param == "local":
+        yield str(tmp_path / "store")
+        return
+    port = request.getfixturevalue("moto_port") if request.param == "moto" else request.getfixturevalue("radosgw").port
+    lead_to_store(request.getfixturevalue("monkeypatch"), port)
+    yield f"s3://{new_bucket()}/some/prefix"
+    s3._client.cache_clear()
+
+
+@pytest.fixture
+def radosgw_bucket(radosgw: Radosgw, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A new bucket in the real S3 store, which is the one that this process speaks to."""
+    lead_to_store(monkeypatch, radosgw.port)
+    yield new_bucket()
+    s3._client.cache_clear()
+
+
+@pytest.fixture
+def store(store_url: str) -> Store:
+    return open_store(store_url)
+
+
+def lead_to_store(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    """Makes the S3 store at `port` the one that this process, and those that it starts, speak to."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment(port).items():
+        monkeypatch.setenv(name, value)
+    s3._client.cache_clear()
+
+
+def new_bucket() -> str:
+    """The name of a new, empty bucket."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    s3._client().create_bucket(Bucket=name)
+    return name

@@ -1,0 +1,233 @@
+"""Batch jobs and an endpoint on a real cluster, by the command that a user runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import daft
+import duckdb
+import httpx
+import pandas as pd
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pytest
+import transformers
+from PIL import Image
+
+from jobs.corpus import digits, encode
+from jobs.models import shipped
+from jobs.spec import JobPaths
+from pipeline.shards import FORMATS, Format
+from pipeline.storage import Store, open_store
+from tests.check import Best, check_output, read_output
+from tests.cluster import ray_head
+from tests.command import Done, tandem
+from tests.corpora import parquet_of, tar_of, write_corpus
+from tests.images import bad_images, real_images
+from tests.stores import ACCESS_KEY, SECRET_KEY, free_ports
+
+MODEL = str(shipped("digits-vit"))
+TOP_K = 3
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The job API of a cluster that has credentials of its own; where the store is, comes with each job."""
+    keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+    with ray_head(tmp_path_factory.mktemp("ray"), keys) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def endpoint(address: str) -> str:
+    """The URL of an endpoint that `tandem serve` deployed into the cluster."""
+    (port,) = free_ports(1)
+    done = tandem("serve", "--model", MODEL, "--port", str(port), "--address", address)
+    assert done.code == 0, done.err
+    url = f"http://127.0.0.1:{port}"
+    assert url in done.out
+    return url
+
+
+@pytest.fixture(scope="module")
+def images() -> dict[str, bytes]:
+    """Good and bad images by file name, all names with an image's suffix and without a second dot."""
+    named = {f"good {name}": data for name, data in real_images().items()}
+    named |= {f"bad-{name}": data for name, data in bad_images().items()}
+    return {f"{name.replace('.', '_')}.jpg": data for name, data in named.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(images: dict[str, bytes]) -> dict[str, Best]:
+    """What plain transformers says of every good image."""
+    processor = transformers.AutoImageProcessor.from_pretrained(MODEL, backend="pil")
+    model = transformers.AutoModelForImageClassification.from_pretrained(MODEL)
+    classify = transformers.pipeline("image-classification", model=model, image_processor=processor)
+    answers: dict[str, Best] = {}
+    with warnings.catch_warnings(action="ignore"):  # Pillow's, of odd files
+        for name in [name for name in images if name.startswith("good")]:
+            best = classify(Image.open(BytesIO(images[name])), top_k=TOP_K)
+            answers[name] = [one["label"] for one in best], [one["score"] for one in best]
+    return answers
+
+
+def submit(address: str, source: str, target: str, *options: str) -> Done:
+    """`tandem submit --wait --json` with the way to the store, but not its keys, in its environment."""
+    arguments = (source, target, "--model", MODEL, "--top-k", str(TOP_K), "--wait", "--json", "--address", address)
+    way = {name: value for name, value in os.environ.items() if name in ("AWS_ENDPOINT_URL", "AWS_REGION")}
+    return tandem("submit", *arguments, *options, environment=way)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_is_scored_from_every_store_as_transformers_scores_it(
+    format: Format, store: Store, address: str, endpoint: str, images: dict[str, bytes], expected: dict[str, Best]
+) -> None:
+    source, target = open_store(f"{store.url}/in"), f"{store.url}/out"
+    keys = write_corpus(source, format, images)
+
+    done = submit(address, source.url, target)
+
+    assert done.code == 0, done.err
+    output = check_output(target, keys.values(), {keys[name]: best for name, best in expected.items()})
+    bad = sum(name.startswith("bad") for name in images)
+    assert (done.json["images"], done.json["errors"]) == (len(images), bad)
+    assert output.errors.num_rows == bad
+    assert set(output.errors.column("stage").to_pylist()) == {"decode"}
+    assert all(output.errors.column("error").to_pylist())
+
+
+def test_batch_and_online_give_the_same_numbers_from_the_same_actors(
+    address: str, endpoint: str, images: dict[str, bytes], tmp_path: Path
+) -> None:
+    good = {name: data for name, data in images.items() if name.startswith("good")}
+    keys = write_corpus(open_store(str(tmp_path / "in")), "images", good)
+
+    done = submit(address, str(tmp_path / "in"), str(tmp_path / "out"))
+    batch = read_output(str(tmp_path / "out")).best()
+
+    replicas = set()
+    for name, data in good.items():
+        response = httpx.post(f"{endpoint}/predict", params={"top_k": TOP_K}, content=data).raise_for_status()
+        labels, scores = batch[keys[name]]
+        assert [one["label"] for one in response.json()] == labels, name
+        assert [one["score"] for one in response.json()] == pytest.approx(scores, abs=1e-6), name
+        replicas.add(response.headers["x-tandem-replica"])
+    assert set(done.json["replicas"]) == replicas
+
+
+def test_what_stands_beside_an_image_is_carried_along(address: str, endpoint: str, tmp_path: Path) -> None:
+    some = {f"{digit.key}.png": encode(digit)[1] for digit in digits()[:6]}
+    tars, tables = open_store(str(tmp_path / "tars")), open_store(str(tmp_path / "tables"))
+    tars.write("a.tar", tar_of(some))
+    tables.write("a.parquet", parquet_of(some))
+
+    assert submit(address, tars.url, str(tmp_path / "out1"), "--carry", "txt").code == 0
+    assert submit(address, tables.url, str(tmp_path / "out2"), "--carry", "label").code == 0
+
+    assert pq.read_table(tmp_path / "out1" / "a.parquet").column("txt").to_pylist() == list(some)
+    table = pq.read_table(tmp_path / "out2" / "a.parquet")
+    assert table.column("input_label").to_pylist() == list(range(6))
+    assert table.schema.field("input_label").type == pa.int64()
+
+
+def test_an_unfinished_job_goes_on_and_a_finished_one_is_not_done_again(
+    address: str, endpoint: str, images: dict[str, bytes], tmp_path: Path
+) -> None:
+    source, target = open_store(str(tmp_path / "in")), str(tmp_path / "out")
+    keys = write_corpus(source, "tar", images)
+    first = submit(address, source.url, target).json
+    before = check_output(target, keys.values())
+    store = open_store(target)
+    store.delete([JobPaths.SUCCESS, "part-001.parquet"])
+
+    second = submit(address, source.url, target).json
+    third = submit(address, source.url, target).json
+
+    assert (first["resumed"], second["resumed"], third["resumed"]) == (0, first["shards"] - 1, first["shards"])
+    assert 0 < second["images"] < first["images"]
+    assert third["images"] == 0
+    assert check_output(target, keys.values()).scores.equals(before.scores)
+
+
+def test_an_output_that_is_not_this_jobs_is_refused_with_the_difference(
+    address: str, endpoint: str, images: dict[str, bytes], tmp_path: Path
+) -> None:
+    source, target = open_store(str(tmp_path / "in")), str(tmp_path / "out")
+    write_corpus(source, "tar", {name: images[name] for name in sorted(images)[:50]})
+    assert submit(address, source.url, target).code == 0
+    open_store(target).delete([JobPaths.SUCCESS])
+
+    other_k = submit(address, source.url, target, "--top-k", "1")
+    source.write("part-001.tar", source.read("part-000.tar"))
+    other_input = submit(address, source.url, target)
+    foreign = submit(address, source.url, source.url + "/scores")
+
+    assert (other_k.code, other_input.code, foreign.code) == (1, 1, 2)
+    assert "top_k was 3, now 1" in other_k.err
+    assert "part-001.tar changed" in other_input.err
+    assert "lie within each other" in foreign.err
+
+
+def test_the_output_is_read_by_the_tools_that_people_have(
+    address: str, endpoint: str, images: dict[str, bytes], tmp_path: Path
+) -> None:
+    source, target = open_store(str(tmp_path / "in")), str(tmp_path / "out")
+    write_corpus(source, "tar", images)
+    report = submit(address, source.url, target).json
+    rows = report["images"] - report["errors"]
+
+    assert len(pd.read_parquet(target)) == rows
+    assert duckdb.sql(f"select count(*) from '{target}/*.parquet'").fetchall() == [(rows,)]
+    assert daft.read_parquet(f"{target}/*.parquet").count_rows() == rows
+    shard = pq.ParquetFile(tmp_path / "out" / "part-000.parquet")
+    assert shard.schema_arrow.names == ["key", "shard", "row", "label", "score", "labels", "scores"]
+    metadata = {key.decode(): value.decode() for key, value in shard.schema_arrow.metadata.items()}
+    assert metadata["tandem.model"] == MODEL
+    assert metadata["tandem.revision"] == report["revision"]
+    assert metadata["tandem.version.transformers"] == transformers.__version__
+    script = f"import ray; ray.init(num_cpus=1); print('rows', ray.data.read_parquet({target!r}).count())"
+    assert f"rows {rows}" in _python(script)
+
+
+def test_pyarrow_reads_the_output_by_the_same_environment(address: str, endpoint: str, radosgw_bucket: str) -> None:
+    store = open_store(f"s3://{radosgw_bucket}/in")
+    store.write("a.tar", tar_of({f"{digit.key}.png": encode(digit)[1] for digit in digits()[:20]}))
+
+    assert submit(address, store.url, f"s3://{radosgw_bucket}/out").code == 0
+
+    filesystem = pyarrow.fs.S3FileSystem()
+    assert pq.read_table(f"{radosgw_bucket}/out/a.parquet", filesystem=filesystem).num_rows == 20
+
+
+def test_wrong_input_model_and_address_fail_in_one_line(
+    address: str, endpoint: str, tmp_path: Path, radosgw_bucket: str
+) -> None:
+    out = str(tmp_path / "out")
+    cases = {
+        "holds no tar shards, Parquet or image files": submit(address, str(tmp_path / "nothing"), out),
+        "there is no such bucket": submit(address, "s3://no-such-bucket-here", out),
+        "no cluster answers there": submit("http://127.0.0.1:9", str(tmp_path / "in"), out),
+    }
+    for message, done in cases.items():
+        assert done.code == 1
+        assert message in done.err
+        assert len(done.err.strip().splitlines()) == 1, done.err
+        assert message in json.loads(done.out)["error"]
+
+
+def _python(script: str) -> str:
+    import subprocess
+    import sys
+
+    from tests.cluster import clean_environment
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=clean_environment({}), capture_output=True, text=True, timeout=120
+    )
+    return done.stdout

@@ -1,0 +1,178 @@
+"""The command on a machine without a cluster: the demo, a job on a Ray of its own, an endpoint with a job beside it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import httpx
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers.image_utils import load_image
+
+from jobs.corpus import Digit, digits, encode, write_shards
+from jobs.models import shipped
+from tests.check import check_output
+from tests.cluster import BIN, clean_environment
+from tests.command import tandem
+from tests.stores import free_ports
+
+MODEL = str(shipped("digits-vit"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    write_shards(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which no `tandem serve` but the tests' own is known."""
+    return {"XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}
+
+
+def test_the_demo_serves_both_lanes_from_the_same_actors_and_is_as_accurate_as_transformers(
+    tmp_path: Path, state: dict[str, str]
+) -> None:
+    done = tandem("demo", "--json", cwd=tmp_path, environment=state)
+
+    assert done.code == 0, done.err
+    result = done.json
+    assert done.err == ""
+    assert (result["images"], result["errors"], result["online_errors"]) == (1797, 0, 0)
+    assert result["accuracy"] == _accuracy_by_transformers([digit for digit in digits() if digit.held_out])
+    assert result["accuracy"] >= 0.97
+    assert sum(one["batch_images"] for one in result["replicas"]) == 1797
+    assert sum(one["online_images"] for one in result["replicas"]) == result["online_requests"] > 0
+    assert any(one["batch_images"] and one["online_images"] for one in result["replicas"])
+    assert 0 < result["online_p50_ms"] <= result["online_p99_ms"]
+    assert result["batch_images_per_s"] > 0
+    rows = pq.read_table(tmp_path / result["output"]).num_rows
+    assert rows == 1797
+
+
+def test_a_job_without_a_cluster_runs_on_a_ray_of_its_own_and_leaves_none_behind(
+    corpus: Path, tmp_path: Path, state: dict[str, str]
+) -> None:
+    arguments = ("submit", str(corpus), "out", "--model", MODEL, "--carry", "cls", "--wait")
+
+    done = tandem(*arguments, cwd=tmp_path, environment=state)
+    again = tandem(*arguments, "--json", cwd=tmp_path, environment=state)
+
+    assert (done.code, done.err) == (0, "")
+    assert "1,797 images in 10 shards" in done.out
+    output = check_output(str(tmp_path / "out"), [digit.key for digit in digits()])
+    right = sum(row["label"] == row["cls"] for row in output.scores.to_pylist())
+    assert right / 1797 > 0.97
+    assert (again.code, again.err, again.json["resumed"]) == (0, "", 10)
+
+
+def test_an_endpoint_and_a_job_on_the_same_machine_share_the_pool(
+    corpus: Path, tmp_path: Path, state: dict[str, str]
+) -> None:
+    digit = digits()[7]
+    (tmp_path / "seven.png").write_bytes(encode(digit)[1])
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    with _serving(state) as url:
+        good = tandem("score", "seven.png", "--url", url, "--top-k", "2", "--json", cwd=tmp_path)
+        bad = tandem("score", "seven.png", "bad.png", "--url", url, cwd=tmp_path)
+        job = tandem(
+            "submit", str(corpus), "out", "--model", MODEL, "--wait", "--json", cwd=tmp_path, environment=state
+        )
+        replica = httpx.post(f"{url}/predict", content=encode(digit)[1]).headers["x-tandem-replica"]
+
+    assert (good.code, good.err) == (0, "")
+    assert good.json[0]["predictions"][0]["label"] == str(digit.label)
+    assert len(good.json[0]["predictions"]) == 2
+    assert bad.code == 1
+    assert "not an image" in bad.err
+    assert job.code == 0, job.err
+    assert job.json["replicas"] == {replica: 1797}
+    assert not (Path(state["XDG_STATE_HOME"]) / "tandem" / "cluster.json").exists()
+
+
+def test_wrong_usage_ends_with_2_and_failure_with_1(corpus: Path, tmp_path: Path, state: dict[str, str]) -> None:
+    model = ("--model", MODEL)
+    usage = [
+        ("bogus",),
+        ("submit", str(corpus)),
+        ("submit", str(corpus), "out"),
+        ("submit", str(corpus), "out", *model),  # no cluster, and no --wait
+        ("submit", str(corpus), "out", *model, "--wait", "--top-k", "0"),
+        ("submit", str(corpus), "out", *model, "--wait", "--format", "zip"),
+        ("submit", "ftp://x/y", "out", *model, "--wait"),
+        ("submit", str(corpus), f"{corpus}/out", *model, "--wait"),
+        ("submit", str(corpus), "out", *model, "--wait", "--config", "missing.yaml"),
+        ("serve", *model, "--port", "0"),
+        ("serve", *model, "--address", "head:6379"),
+        ("score",),
+    ]
+    failures = [
+        ("submit", str(tmp_path / "nothing"), "out", *model, "--wait"),
+        ("score", "empty.png", "--url", f"http://127.0.0.1:{free_ports(1)[0]}"),
+    ]
+    (tmp_path / "empty.png").touch()
+    for arguments in usage:
+        done = tandem(*arguments, cwd=tmp_path, environment=state)
+        assert (done.code, done.out) == (2, ""), arguments
+        assert done.err.strip(), arguments
+    for arguments in failures:
+        done = tandem(*arguments, cwd=tmp_path, environment=state)
+        assert done.code == 1, arguments
+        assert done.err.startswith("tandem: "), arguments
+
+
+def test_a_model_that_cannot_be_had_is_told_in_one_line(corpus: Path, tmp_path: Path, state: dict[str, str]) -> None:
+    offline = {**state, "HF_ENDPOINT": f"http://127.0.0.1:{free_ports(1)[0]}", "HF_HOME": str(tmp_path / "hf")}
+
+    hub = tandem("submit", str(corpus), "out", "--model", "google/vit-base-patch16-224", "--wait", environment=offline)
+
+    assert hub.code == 1
+    assert hub.err.splitlines()[0].startswith("tandem: model 'google/vit-base-patch16-224': no such folder here, and")
+    assert "the model hub cannot be reached" in hub.err
+    assert "Traceback" not in hub.err
+
+
+def _accuracy_by_transformers(some: list[Digit]) -> float:
+    processor = transformers.AutoImageProcessor.from_pretrained(MODEL, backend="pil")
+    model = transformers.AutoModelForImageClassification.from_pretrained(MODEL).eval()
+    images = [load_image(Image.open(BytesIO(encode(digit)[1]))) for digit in some]
+    with torch.inference_mode():
+        logits = model(**processor(images, return_tensors="pt")).logits
+    right = sum(
+        model.config.id2label[int(best)] == str(digit.label)
+        for best, digit in zip(logits.argmax(-1), some, strict=True)
+    )
+    return right / len(some)
+
+
+@contextmanager
+def _serving(state: dict[str, str]) -> Iterator[str]:
+    """`tandem serve` for as long as the context lasts; the URL at which it answers."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(
+        [str(BIN / "tandem"), "serve", "--model", MODEL, "--port", str(port)],
+        env=clean_environment({**state, "RAY_AUTH_MODE": "token"}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert f"answers at {url}" in process.stdout.readline()
+            assert httpx.get(f"{url}/readyz").json()["status"] == "ready"
+            yield url
+        finally:
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()) == (0, ["starting Ray and the pool ...", "stopping ..."])
