@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from pipeline import s3
 from pipeline.storage import Store, open_store
+from tests.command import Done, tandem
 from tests.stores import Radosgw, environment, missing_programs, moto
 
 
@@ -57,6 +59,26 @@ def radosgw_bucket(radosgw: Radosgw, monkeypatch: pytest.MonkeyPatch) -> Iterato
 @pytest.fixture
 def store(store_url: str) -> Store:
     return open_store(store_url)
+
+
+@pytest.fixture(scope="session")
+def state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which no `tandem serve` is known but one that the tests start in it."""
+    return {"XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A demo that has run, and the folder that it ran in."""
+
+    done: Done
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory, state: dict[str, str]) -> Demo:
+    folder = tmp_path_factory.mktemp("demo")
+    return Demo(tandem("demo", "--json", cwd=folder, environment=state), folder)
 
 
 def lead_to_store(monkeypatch: pytest.MonkeyPatch, port: int) -> None:

@@ -22,6 +22,7 @@ from jobs.models import shipped
 from tests.check import check_output
 from tests.cluster import BIN, clean_environment
 from tests.command import tandem
+from tests.conftest import Demo
 from tests.stores import free_ports
 
 MODEL = str(shipped("digits-vit"))
@@ -34,16 +35,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which no `tandem serve` but the tests' own is known."""
-    return {"XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}
-
-
-def test_the_demo_serves_both_lanes_from_the_same_actors_and_is_as_accurate_as_transformers(
-    tmp_path: Path, state: dict[str, str]
-) -> None:
-    done = tandem("demo", "--json", cwd=tmp_path, environment=state)
+def test_the_demo_serves_both_lanes_from_the_same_actors_and_is_as_accurate_as_transformers(demo: Demo) -> None:
+    done = demo.done
 
     assert done.code == 0, done.err
     result = done.json
@@ -56,7 +49,7 @@ def test_the_demo_serves_both_lanes_from_the_same_actors_and_is_as_accurate_as_t
     assert any(one["batch_images"] and one["online_images"] for one in result["replicas"])
     assert 0 < result["online_p50_ms"] <= result["online_p99_ms"]
     assert result["batch_images_per_s"] > 0
-    rows = pq.read_table(tmp_path / result["output"]).num_rows
+    rows = pq.read_table(demo.folder / result["output"]).num_rows
     assert rows == 1797
 
 
