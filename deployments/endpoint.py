@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import RunTarget
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentResponse
 
 from deployments.config import Config, EndpointConfig
 from deployments.pool import Answer, deploy, pool_handle, wait_running, wait_warm
 from deployments.web import build_app
 from pipeline.decode import decode_image
-from pipeline.errors import ModelError, TandemError
+from pipeline.errors import Busy, ModelError, PoolFailed, TandemError
 from pipeline.model_info import ModelInfo
 
 APP = "tandem-http"
@@ -41,7 +44,7 @@ class Endpoint:
 
     async def describe(self) -> ModelInfo:
         """The model that the pool holds."""
-        info: ModelInfo | ModelError = await self._pool.describe.remote()
+        info: ModelInfo | ModelError = await _answer(self._pool.describe.remote())
         if isinstance(info, ModelError):
             raise info
         return info
@@ -49,8 +52,9 @@ class Endpoint:
     async def score(self, image: bytes, top_k: int) -> tuple[list[dict[str, Any]], str]:
         """See `Scorer`."""
         image_HWC = await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, image)
-        answer = await self._pool.score_online.remote(image_HWC[None], min(top_k, len(self._info.labels)))
-        if not isinstance(answer, Answer):
+        call = self._pool.score_online.remote(image_HWC[None], min(top_k, len(self._info.labels)))
+        answer: Answer | Busy = await _answer(call)
+        if isinstance(answer, Busy):
             raise answer
         top_K, scores_K = answer.scores.top_NK[0].tolist(), answer.scores.scores_NK[0].tolist()
         best = [
@@ -60,6 +64,17 @@ class Endpoint:
 
     def _decode(self, image: bytes) -> np.ndarray:
         return decode_image(image, self._info.transform, max_pixels=self._config.max_pixels)
+
+
+async def _answer(call: DeploymentResponse[Any]) -> Any:
+    """What the pool answers. Raises `PoolFailed` where no replica does; a caller that leaves takes its call along."""
+    try:
+        return await call
+    except asyncio.CancelledError:
+        call.cancel()  # the await alone leaves it in the lane
+        raise
+    except (RayError, RayServeException) as error:
+        raise PoolFailed("the pool does not answer; try again later") from error
 
 
 def serve_model(model: str, config: Config) -> ModelInfo:

@@ -53,7 +53,7 @@ class Scorer(Protocol):
         """The model behind it. Raises `TandemError` where there is none."""
 
 
-class Problem(Exception):  # noqa: N818 -- RFC 9457's word
+class Problem(Exception):
     """An answer other than success: its HTTP status, and in words what is wrong and what to do."""
 
     def __init__(self, status: HTTPStatus, detail: str, **headers: str) -> None:

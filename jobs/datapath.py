@@ -6,6 +6,7 @@ the pool, which owns the accelerators. Nothing here raises for a bad image: that
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from pipeline.storage import Store
 from pipeline.transform import ImageTransform
 
 READ_CPUS, DECODE_CPUS, SCORE_CPUS = 0.25, 1.0, 0.1
+LOWEST_PRIORITY = 19
 CHUNKS_IN_FLIGHT = 4  # of one caller: enough to hide a call's latency, few enough for the replica's lane
 
 _READ = pa.schema(
@@ -58,6 +60,7 @@ class DataPath:
     source: Store
     target: Store
     columns: Columns
+    carried: pa.Schema
     limits: ChunkLimits
     model: str
     transform: ImageTransform
@@ -143,7 +146,13 @@ class _Shards(Datasource):
         ]
 
 
+def _give_way() -> None:
+    """Lets the endpoint and the replicas, which run beside these workers, have a core first."""
+    os.setpriority(os.PRIO_PROCESS, 0, LOWEST_PRIORITY)
+
+
 def _read(path: DataPath, shard: Shard, staged: frozenset[int]) -> Iterator[pa.Table]:
+    _give_way()
     started = time.perf_counter()
     for chunk in _chunks(path, shard):
         if chunk.index not in staged:
@@ -162,13 +171,22 @@ def _read(path: DataPath, shard: Shard, staged: frozenset[int]) -> Iterator[pa.T
 def _chunks(path: DataPath, shard: Shard) -> Iterator[Chunk]:
     try:
         reader = open_reader(path.source, shard, path.columns)
+        _check_carried(reader.carried, path.carried, shard.name)
     except ShardError as error:
-        yield failed_shard(shard.name, error)
+        yield failed_shard(shard.name, error, path.carried)
     else:
         yield from chunks(reader, shard.name, path.limits)
 
 
+def _check_carried(found: pa.Schema, planned: pa.Schema, shard_name: str) -> None:
+    """All files of an output have the same columns, or no reader takes them together."""
+    for name, kind, other in zip(planned.names, planned.types, found.types, strict=True):
+        if kind != other:
+            raise ShardError(f"{shard_name}: column {name!r} is {other} here, but {kind} in the job's first shard")
+
+
 def _decode(transform: ImageTransform, table: pa.Table) -> pa.Table:
+    _give_way()
     started = time.perf_counter()
     (row,) = table.drop_columns("images").to_pylist()
     encoded = table["images"].combine_chunks().flatten()
@@ -203,6 +221,7 @@ class _Caller:
     """Sends chunks to the pool and stages what comes back. Called from `CHUNKS_IN_FLIGHT` threads."""
 
     def __init__(self, path: DataPath) -> None:
+        _give_way()
         self._path = path
         self._pool = pool_handle(path.model)
 

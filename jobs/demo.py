@@ -21,7 +21,7 @@ from rich.table import Table
 from deployments.config import Config
 from jobs.corpus import digits, encode, write_shards
 from jobs.models import shipped
-from jobs.online import Online
+from jobs.online import Answers, Online
 from jobs.screen import JobBar, Screen
 from jobs.spec import JobSpec
 from pipeline.errors import JobError
@@ -39,11 +39,11 @@ def run_demo(screen: Screen) -> None:
     started = time.monotonic()
     with screen.progress("starting") as bar:
         _copy_corpus()
-        with _emulated_s3(), _ray(bar):
-            report, online = _score(bar)
+        with _emulated_s3(), Online(ONLINE_PER_S) as online, _ray(bar):
+            report = _score(bar, online)
             store = open_store(f"s3://{BUCKET}/scores")
             _download(store, FOLDER / "scores")
-    result = _result(report, online, time.monotonic() - started)
+    result = _result(report, online.answers, time.monotonic() - started)
     _show(screen, result)
     screen.result(result)
 
@@ -90,7 +90,7 @@ def _ray(bar: JobBar) -> Iterator[None]:
         yield
 
 
-def _score(bar: JobBar) -> tuple[dict[str, Any], Online]:
+def _score(bar: JobBar, online: Online) -> dict[str, Any]:
     """Brings up pool and endpoint, then runs the job and the online requests at once."""
     from deployments.cluster import serve_at
     from deployments.endpoint import serve_model
@@ -108,9 +108,8 @@ def _score(bar: JobBar) -> tuple[dict[str, Any], Online]:
         model=model,
         columns=Columns(carry=("cls",)),
     )
-    with Online(url, [digit for digit in digits() if digit.held_out], ONLINE_PER_S) as online:
-        report = run_job(prepare(spec), config, bar.show)
-    return report.to_dict(), online
+    with online.to(url):
+        return run_job(prepare(spec), config, bar.show).to_dict()
 
 
 def _upload() -> None:
@@ -138,7 +137,7 @@ def _download(store: Store, folder: Path) -> None:
         path.write_bytes(store.read(info.name))
 
 
-def _result(report: dict[str, Any], online: Online, seconds: float) -> dict[str, Any]:
+def _result(report: dict[str, Any], online: Answers, seconds: float) -> dict[str, Any]:
     scores = FOLDER / "scores"
     tables = [pq.read_table(path) for path in sorted(scores.glob("digits-heldout-*.parquet"))]
     held_out = pa.concat_tables(tables).to_pylist()

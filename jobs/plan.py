@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
+import pyarrow as pa
+
 from jobs.spec import JobPaths, JobSpec
 from pipeline import __version__
-from pipeline.errors import JobError, NotFound, OutputConflict, UsageError
+from pipeline.chunks import ChunkLimits
+from pipeline.errors import JobError, NotFound, OutputConflict, ShardError, UsageError
+from pipeline.inputs import Columns, open_reader
 from pipeline.model_info import ModelInfo
 from pipeline.shards import Shard, find_shards
 from pipeline.storage import Store, open_store, split_object
 
 FORMAT_VERSION = 1
+SHARDS_TRIED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A job's spec, the model that scores, and its shards in order."""
+    """A job's spec, the model that scores, the columns that are carried along, and its shards in order."""
 
     spec: JobSpec
     revision: str
     dtype: str
     versions: dict[str, str]
+    carried: pa.Schema
     shards: list[Shard]
 
     def metadata(self, shard: Shard) -> dict[str, str]:
@@ -57,10 +65,27 @@ def input_store(spec: JobSpec) -> Store:
     return single[0] if single else open_store(spec.input)
 
 
-def make_plan(spec: JobSpec, shards: list[Shard], info: ModelInfo) -> Plan:
+def find_carried(spec: JobSpec, shards: list[Shard]) -> pa.Schema:
+    """The columns that are carried along, with the types that the first readable shard gives them.
+
+    Raises `UsageError` where the first shards do not have what is asked for, or where they leave a choice open.
+    """
+    problems = []
+    for shard in shards[:SHARDS_TRIED]:
+        try:
+            with closing(open_reader(input_store(spec), shard, spec.columns)) as reader:
+                return reader.carried
+        except ShardError as error:
+            problems.append(str(error))
+    if spec.columns != Columns():
+        raise UsageError(problems[0])
+    return pa.schema([])  # damaged, all of them: each is told in the error table
+
+
+def make_plan(spec: JobSpec, shards: list[Shard], carried: pa.Schema, info: ModelInfo) -> Plan:
     """The plan of a new job."""
     versions = {"tandem": __version__, **info.versions}
-    return Plan(spec=spec, revision=info.revision, dtype=info.dtype, versions=versions, shards=shards)
+    return Plan(spec=spec, revision=info.revision, dtype=info.dtype, versions=versions, carried=carried, shards=shards)
 
 
 def write_plan(store: Store, plan: Plan) -> None:
@@ -74,6 +99,7 @@ def write_plan(store: Store, plan: Plan) -> None:
         "revision": plan.revision,
         "dtype": plan.dtype,
         "versions": plan.versions,
+        "carried": base64.b64encode(plan.carried.serialize()).decode(),
         "shards": len(plan.shards),
         "plan_sha256": hashlib.sha256(lines).hexdigest(),
     }
@@ -98,11 +124,12 @@ def read_plan(store: Store) -> Plan | None:
             revision=job["revision"],
             dtype=job["dtype"],
             versions=job["versions"],
+            carried=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(job["carried"]))),
             shards=[Shard(**json.loads(line)) for line in lines.splitlines()],
         )
     except NotFound as error:
         raise JobError(f"{store.url} holds {JobPaths.JOB} without its {JobPaths.PLAN}; {_NEW}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, UsageError, pa.ArrowException) as error:
         raise JobError(f"{store.url}/{JobPaths.JOB} is damaged ({error!r}); {_NEW}") from error
 
 
@@ -143,6 +170,8 @@ def _refuse(differences: dict[str, tuple[Any, Any]], where: str) -> None:
 def _comparable(spec: JobSpec) -> dict[str, Any]:
     flat = _flat(json.loads(spec.to_json()))
     del flat["output"]  # it may be written in several ways, and is the same one: it holds the plan
+    for limit in fields(ChunkLimits):
+        del flat[f"limits.{limit.name}"]  # those of the plan stay in force
     return flat | {"input": spec.input.rstrip("/")}
 
 

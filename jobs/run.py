@@ -12,8 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import Any
 
+import pyarrow as pa
 from ray.exceptions import RayError, RayTaskError
 
 from deployments.config import Config
@@ -26,6 +28,7 @@ from jobs.plan import (
     check_same_input,
     check_same_model,
     check_same_spec,
+    find_carried,
     find_input,
     input_store,
     make_plan,
@@ -74,6 +77,7 @@ class Prepared:
     spec: JobSpec
     store: Store
     plan: Plan | None
+    carried: pa.Schema
     shards: list[Shard]
     names: list[str]
     report: Report | None = None
@@ -91,11 +95,14 @@ def prepare(spec: JobSpec) -> Prepared:
         check_same_spec(plan, spec, spec.output)
         if JobPaths.SUCCESS in names:
             report = _finished(plan, store)
-            return Prepared(spec=spec, store=store, plan=plan, shards=plan.shards, names=names, report=report)
+            return Prepared(
+                spec=spec, store=store, plan=plan, carried=plan.carried, shards=plan.shards, names=names, report=report
+            )
     shards = find_input(spec)
     if plan is not None:
         check_same_input(plan, shards, spec.output)
-    return Prepared(spec=spec, store=store, plan=plan, shards=shards, names=names)
+    carried = plan.carried if plan else find_carried(spec, shards)
+    return Prepared(spec=spec, store=store, plan=plan, carried=carried, shards=shards, names=names)
 
 
 def run_job(job: Prepared, config: Config, on_progress: OnProgress = lambda progress: None) -> Report:
@@ -110,7 +117,7 @@ def run_job(job: Prepared, config: Config, on_progress: OnProgress = lambda prog
     with _pool(job.spec.model, config) as info:
         plan = job.plan
         if plan is None:
-            plan = make_plan(job.spec, job.shards, info)
+            plan = make_plan(job.spec, job.shards, job.carried, info)
             write_plan(job.store, plan)
         check_same_model(plan, info, job.spec.output)
         run = _Run(plan, job.store, Ledger(plan.shards, job.names), on_progress)
@@ -169,6 +176,7 @@ class _Run:
 
     def finish(self, seconds: float) -> Report:
         """Writes `_SUCCESS`, which is what marks a finished job, and tells what was done."""
+        self._empty_stage()
         elapsed_s = self._tally.elapsed_s()
         report = Report(
             output=self._store.url,
@@ -188,12 +196,18 @@ class _Run:
         self._store.write(JobPaths.SUCCESS, json.dumps(report.to_dict(), indent=2).encode())
         return report
 
+    def _empty_stage(self) -> None:
+        """Deletes what is staged still: by a worker that was tried again while another had done the same."""
+        names = (info.name for info in self._store.list(after=JobPaths.STAGE))
+        self._store.delete(takewhile(lambda name: name.startswith(JobPaths.STAGE), names))
+
     def _path(self, info: ModelInfo) -> DataPath:
         spec = self._plan.spec
         return DataPath(
             source=input_store(spec),
             target=self._store,
             columns=spec.columns,
+            carried=self._plan.carried,
             limits=spec.limits,
             model=spec.model,
             transform=info.transform,

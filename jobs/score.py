@@ -43,7 +43,10 @@ def _score(client: httpx.Client, image: str, top_k: int) -> dict[str, Any]:
     try:
         answer = response.json()
         if response.is_success and isinstance(answer, list):
-            return {"image": image, "predictions": [{"label": best["label"], "score": best["score"]} for best in answer]}
+            return {
+                "image": image,
+                "predictions": [{"label": best["label"], "score": best["score"]} for best in answer],
+            }
         return {"image": image, "error": answer["detail"]}
     except (ValueError, KeyError, TypeError):
         return {"image": image, "error": f"HTTP {response.status_code}, not the answer of a Tandem endpoint"}

@@ -22,8 +22,8 @@ class Screen:
     def __init__(self, out: IO[str], err: IO[str], *, as_json: bool) -> None:
         self.as_json = as_json
         self._out = out
-        self.console = Console(file=out, soft_wrap=True, highlight=False)
-        self.notes = Console(file=err, soft_wrap=True, highlight=False)
+        self.console = Console(file=out, soft_wrap=True, highlight=False, markup=False)
+        self.notes = Console(file=err, soft_wrap=True, highlight=False, markup=False)
 
     def result(self, content: Any) -> None:
         """Prints the machine-readable result, where that is what was asked for."""
@@ -46,7 +46,10 @@ class Screen:
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("shards  {task.fields[told]}"), TimeElapsedColumn(),
         )  # fmt: skip
-        with Progress(*columns, console=self.notes, transient=True, disable=not self.notes.is_terminal) as bar:
+        with Progress(
+            *columns, console=self.notes, transient=True, disable=not self.notes.is_terminal,
+            redirect_stdout=False, redirect_stderr=False,  # else what libraries print comes back to the screen
+        ) as bar:  # fmt: skip
             yield JobBar(bar, bar.add_task(title, total=None, told=""))
 
 

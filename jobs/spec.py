@@ -67,9 +67,8 @@ def _check_carried(names: tuple[str, ...]) -> None:
 
 
 def _root(url: str) -> str:
-    """The store's URL, ending in a slash, without the links and dots that can hide where it is."""
-    root = open_store(url).url
-    return (root if root.startswith("s3://") else os.path.realpath(root)).rstrip("/") + "/"
+    """The store's URL, ending in a slash, so that one starts with another only where it lies within."""
+    return open_store(url).url.rstrip("/") + "/"
 
 
 def portable(model: str) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow as pa
 
@@ -66,15 +65,15 @@ def chunks(reader: Reader, shard_name: str, limits: ChunkLimits) -> Iterator[Chu
                 index, held = index + 1, _Held()
             held.add(sample)
     except ShardError as error:
-        held.fail(shard_name, str(error), len(reader.carried))
+        held.fail(shard_name, str(error))
     yield held.chunk(schema, index, last=True)
 
 
-def failed_shard(shard_name: str, error: ShardError) -> Chunk:
-    """The only chunk of a shard that cannot even be opened."""
+def failed_shard(shard_name: str, error: ShardError, carried: pa.Schema) -> Chunk:
+    """The only chunk of a shard that cannot even be opened; `carried` is what other shards carry."""
     held = _Held()
-    held.fail(shard_name, str(error), 0)
-    return held.chunk(rows_schema(pa.schema([])), 0, last=True)
+    held.fail(shard_name, str(error))
+    return held.chunk(rows_schema(carried), 0, last=True)
 
 
 def rows_schema(carried: pa.Schema) -> pa.Schema:
@@ -85,6 +84,11 @@ def rows_schema(carried: pa.Schema) -> pa.Schema:
 def carried_name(name: str) -> str:
     """An input column's name in the output."""
     return f"input_{name}" if name in RESERVED else name
+
+
+def utf8(text: str) -> str:
+    """`text` as Arrow can hold it: names in old archives and folders need not be UTF-8."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def to_ipc(table: pa.Table) -> bytes:
@@ -108,7 +112,7 @@ class _Held:
     keys: list[str] = field(default_factory=list)
     numbers: list[int | None] = field(default_factory=list)
     errors: list[str | None] = field(default_factory=list)
-    carried: list[tuple[Any, ...]] = field(default_factory=list)
+    carried: list[pa.RecordBatch | None] = field(default_factory=list)
     images: list[bytes] = field(default_factory=list)
     bytes: int = 0
 
@@ -124,20 +128,19 @@ class _Held:
             self.images.append(sample.data)
             self.bytes += len(sample.data)
 
-    def fail(self, key: str, error: str, carried: int) -> None:
+    def fail(self, key: str, error: str) -> None:
         self.keys.append(key)
         self.numbers.append(None)
         self.errors.append(error)
-        self.carried.append((None,) * carried)
+        self.carried.append(None)
 
     def chunk(self, schema: pa.Schema, index: int, *, last: bool) -> Chunk:
         stages = ["read" if error else None for error in self.errors]
-        own = [_utf8(self.keys), self.numbers, stages, _utf8(self.errors)]
-        carried = list(zip(*self.carried, strict=True)) or [()] * (len(schema) - len(OWN_FIELDS))
-        arrays = [pa.array(values, field.type) for values, field in zip([*own, *carried], schema, strict=True)]
+        own = [list(map(utf8, self.keys)), self.numbers, stages, [error and utf8(error) for error in self.errors]]
+        arrays = [pa.array(values, field.type) for values, field in zip(own, OWN_FIELDS, strict=True)]
+        arrays += [self._column(index, field.type) for index, field in enumerate(list(schema)[len(OWN_FIELDS) :])]
         return Chunk(index=index, last=last, rows=pa.table(arrays, schema=schema), images=self.images)
 
-
-def _utf8(values: list[Any]) -> list[Any]:
-    # Names in old archives and buckets need not be UTF-8; Arrow's strings must be.
-    return [value and value.encode(errors="surrogateescape").decode(errors="backslashreplace") for value in values]
+    def _column(self, index: int, kind: pa.DataType) -> pa.Array:
+        parts = [pa.nulls(1, kind) if row is None else row.column(index) for row in self.carried]
+        return pa.concat_arrays(parts) if parts else pa.nulls(0, kind)

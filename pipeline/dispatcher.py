@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from pipeline.errors import Busy
 from pipeline.lanes import Lane, LaneLimits, Lanes, Slice
+
+_ENDED = "the replica is shutting down"
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class Model(Protocol):
 
 
 class Dispatcher:
-    """Feeds one model from two lanes. All methods belong to the event loop that `run` runs on."""
+    """Feeds one model from two lanes, for as long as `run` runs, whose event loop all methods belong to."""
 
     def __init__(self, model: Model, limits: LaneLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._model, self._clock = model, clock
         self._lanes: Lanes[_Request] = Lanes(limits)
         self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tandem-model")
+        self._ended = False
         self.images = dict.fromkeys(Lane, 0)
 
     def backlog(self, lane: Lane) -> int:
@@ -45,11 +47,14 @@ class Dispatcher:
         return self._lanes.backlog(lane)
 
     async def submit(self, lane: Lane, images_NHWC: np.ndarray, top_k: int) -> Scores:
-        """Scores a request's images, uint8 [N, H, W, 3] with N > 0. Raises `Busy` at once where the lane is full."""
-        count = len(images_NHWC)
-        scores = Scores(np.empty((count, top_k), np.int32), np.empty((count, top_k), np.float32))
-        request = _Request(images_NHWC, scores, count, asyncio.get_running_loop().create_future())
-        if not self._lanes.offer(lane, request, count, self._clock()):
+        """Scores a request's images, uint8 [N, H, W, 3] with N > 0. Raises `Busy` at once where the lane is full.
+
+        Raises what the model raised where a step that the request was in failed.
+        """
+        if self._ended:
+            raise Busy(_ENDED)
+        request = _Request(images_NHWC, top_k, len(images_NHWC), asyncio.get_running_loop().create_future())
+        if not self._lanes.offer(lane, request, len(images_NHWC), self._clock()):
             raise Busy(f"the {lane} lane is full: {self.backlog(lane)} images wait")
         self._arrived.set()
         try:
@@ -59,21 +64,31 @@ class Dispatcher:
                 self._lanes.drop(request)
 
     async def run(self) -> None:
-        """Forms steps and has them scored, until cancelled."""
-        loop = asyncio.get_running_loop()
-        while True:
-            step = self._lanes.next_step(self._clock())
-            if not step:
-                self._arrived.clear()
-                await self._arrived.wait()
-                continue
-            try:
-                found, step_ms = await loop.run_in_executor(self._thread, self._score, step)
-            except Exception as error:  # the step's own: it goes to those who asked, and the loop goes on
-                self._fail(step, error)
-            else:
-                self._lanes.observe(sum(map(len, step)), step_ms)
-                self._answer(step, found)
+        """Forms steps and has them scored, until cancelled. It cannot run again: requests that wait then get `Busy`."""
+        thread = ThreadPoolExecutor(1, thread_name_prefix="tandem-model")
+        step: list[Slice[_Request]] = []
+        try:
+            while True:
+                if step := self._lanes.next_step(self._clock()):
+                    await self._run_step(thread, step)
+                else:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        finally:
+            self._ended = True
+            thread.shutdown(wait=False)
+            while step:
+                self._fail(step, Busy(_ENDED))
+                step = self._lanes.next_step(self._clock())
+
+    async def _run_step(self, thread: Executor, step: list[Slice[_Request]]) -> None:
+        try:
+            found, step_ms = await asyncio.get_running_loop().run_in_executor(thread, self._score, step)
+            self._answer(step, found)
+        except Exception as error:  # the step's own: it goes to those who asked, and the loop goes on
+            self._fail(step, error)
+        else:
+            self._lanes.observe(sum(map(len, step)), step_ms)
 
     def _score(self, step: list[Slice[_Request]]) -> tuple[Scores, float]:
         """On the model's thread: the step's scores, and the ms that they took."""
@@ -83,9 +98,12 @@ class Dispatcher:
         return found, (self._clock() - started) * 1e3
 
     def _answer(self, step: list[Slice[_Request]], found: Scores) -> None:
+        images = sum(map(len, step))
+        if not images == len(found.top_NK) == len(found.scores_NK):
+            raise ValueError(f"the model gave {len(found.top_NK)} scores for {images} images")
         offset = 0
         for part in step:
-            part.token.fill(part, found, offset)
+            part.token.add(found.top_NK[offset : offset + len(part)], found.scores_NK[offset : offset + len(part)])
             offset += len(part)
             self.images[part.lane] += len(part)
 
@@ -99,19 +117,16 @@ class Dispatcher:
 @dataclass(eq=False)
 class _Request:
     images_NHWC: np.ndarray
-    scores: Scores
+    top_k: int
     remaining: int
     done: asyncio.Future[Scores]
+    tops: list[np.ndarray] = field(default_factory=list)
+    scores: list[np.ndarray] = field(default_factory=list)
 
-    @property
-    def top_k(self) -> int:
-        return self.scores.top_NK.shape[1]
-
-    def fill(self, part: Slice[_Request], found: Scores, offset: int) -> None:
-        """Takes this request's slice out of a step's scores, and answers when it was the last one."""
-        rows = slice(offset, offset + len(part))
-        self.scores.top_NK[part.start : part.stop] = found.top_NK[rows, : self.top_k]
-        self.scores.scores_NK[part.start : part.stop] = found.scores_NK[rows, : self.top_k]
-        self.remaining -= len(part)
+    def add(self, top_NK: np.ndarray, scores_NK: np.ndarray) -> None:
+        """Takes the next of this request's scores, and answers when they are the last."""
+        self.tops.append(top_NK[:, : self.top_k])
+        self.scores.append(scores_NK[:, : self.top_k])
+        self.remaining -= len(top_NK)
         if not self.remaining and not self.done.done():
-            self.done.set_result(self.scores)
+            self.done.set_result(Scores(np.concatenate(self.tops), np.concatenate(self.scores)))

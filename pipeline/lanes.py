@@ -7,6 +7,7 @@ hold many requests of both lanes.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -77,7 +78,10 @@ class Lanes(Generic[Token]):
         """Queues a request of `images` > 0 images; False where the lane is full.
 
         An empty lane takes a request of any size, so that a chunk larger than the bound is not refused for ever.
+        Raises `ValueError` for a request without images.
         """
+        if images < 1:
+            raise ValueError(f"a request has {images} images; it must have at least 1")
         queue = self._queues[lane]
         limit = self.limits.max_online_backlog if lane is Lane.ONLINE else self.limits.max_batch_backlog
         if queue.backlog and queue.backlog + images > limit:
@@ -108,9 +112,10 @@ class Lanes(Generic[Token]):
     def step_size(self, now_s: float) -> int:
         """The most images of a step: the largest, or with online traffic about, what `online_step_ms` allows."""
         quiet = now_s - self._last_online_s > ONLINE_QUIET_S and not self.backlog(Lane.ONLINE)
-        if quiet or self._ms_per_image is None:
+        if quiet or not self._ms_per_image:
             return self.limits.max_step
-        return max(1, min(self.limits.max_step, int(self.limits.online_step_ms / self._ms_per_image)))
+        # Rounded up: where a step has a fixed cost, rounding down could keep steps at one image for ever.
+        return max(1, math.ceil(min(self.limits.max_step, self.limits.online_step_ms / self._ms_per_image)))
 
     def observe(self, images: int, step_ms: float) -> None:
         """Tells how long a step took, for the sizes of those to come."""

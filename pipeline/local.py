@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,12 +16,15 @@ from pipeline.storage import ObjectInfo
 # Names that a writer of this store uses before the rename; never listed.
 _PARTIAL = ".tandem-partial-"
 
+BUFFER_BYTES = 1 << 17
+FOLDER_ATTEMPTS = 100
+
 
 class LocalStore:
     """The files under `root`. A link to a file counts as the file; a link to a folder is not followed."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+        self.root = Path(os.path.realpath(root.expanduser()))  # so that two spellings of a folder are one URL
         self.url = str(self.root)
 
     def list(self, *, after: str = "") -> Iterator[ObjectInfo]:
@@ -29,7 +33,8 @@ class LocalStore:
             names = sorted(self._walk(self.root, ""), key=os.fsencode) if self.root.exists() else []
         for name in names:
             if os.fsencode(name) > os.fsencode(after):
-                yield self.stat(name)
+                with suppress(NotFound):  # deleted since
+                    yield self.stat(name)
 
     def stat(self, name: str) -> ObjectInfo:
         path = self._path(name)
@@ -47,13 +52,12 @@ class LocalStore:
     def open(self, name: str) -> BinaryIO:
         path = self._path(name)
         with _translated(path):
-            return cast(BinaryIO, path.open("rb"))
+            return cast(BinaryIO, io.BufferedReader(_File(path), BUFFER_BYTES))
 
     def write(self, name: str, data: bytes) -> None:
         path = self._path(name)
         with _translated(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=path.parent)
+            handle, partial = _make_partial(path.parent)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(data)
@@ -69,14 +73,14 @@ class LocalStore:
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
             path = self._path(name)
-            with _translated(path):
-                path.unlink(missing_ok=True)
+            with suppress(NotFound), _translated(path):
+                path.unlink()
                 self._drop_empty(path.parent)
 
     def _path(self, name: str) -> Path:
         path = Path(os.path.normpath(self.root / name))
-        if not path.is_relative_to(self.root):
-            raise StorageError(f"{name!r} leads out of {self.root}")
+        if self.root not in path.parents or "\0" in name:
+            raise StorageError(f"{name!r} is not the name of a file under {self.root}")
         return path
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[str]:
@@ -95,6 +99,33 @@ class LocalStore:
                 folder = folder.parent
 
 
+class _File(io.FileIO):
+    """A file whose reads fail with Tandem's errors, as those of a store's objects do."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "rb")
+
+    def readinto(self, buffer: memoryview) -> int | None:  # type: ignore[override]
+        with _translated(self.name):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with _translated(self.name):
+            return super().readall()
+
+
+def _make_partial(folder: Path) -> tuple[int, str]:
+    for attempt in range(FOLDER_ATTEMPTS):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return tempfile.mkstemp(prefix=_PARTIAL, dir=folder)
+        except (FileNotFoundError, FileExistsError):
+            # whoever deletes the folder's last file drops the folder, perhaps just now
+            if attempt == FOLDER_ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
 def _umask() -> int:
     # mkstemp makes 0600; an output is meant to be read by others, as any file that a user makes.
     with suppress(OSError, StopIteration, ValueError):
@@ -107,11 +138,13 @@ def _umask() -> int:
 def _translated(path: object) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except FileNotFoundError as error:
         raise NotFound(f"{path} does not exist") from error
+    except NotADirectoryError as error:
+        raise NotFound(f"{path} does not exist: it, or a folder of its path, is a file") from error
     except IsADirectoryError as error:
         raise NotFound(f"{path} is a folder, not a file") from error
     except PermissionError as error:
-        raise Denied(f"{path}: permission denied; check its owner and mode") from error
+        raise Denied(f"{error.filename or path}: permission denied; check its owner and mode") from error
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror or error}") from error

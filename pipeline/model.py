@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,23 +19,24 @@ from pipeline.errors import ModelError
 from pipeline.model_info import Dtype, ModelInfo
 from pipeline.transform import transform_of
 
+
 class Classifier:
     """An image classifier on one device: uint8 pixels in, its best classes out.
 
-    The forward pass, and what is done to its logits, are those of transformers' image-classification pipeline: softmax,
-    or sigmoid for a multi-label head and a head of one class.
+    The forward pass, what is done to its logits, and the order of equal scores (by index) are those of transformers'
+    image-classification pipeline. Raises `ModelError` for a checkpoint or a device that cannot be used.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: str = "auto", dtype: Dtype = "float32") -> None:
-        self.device = torch.device(_device(device))
+        self.device = _device(device)
         processor, self._network = _load(checkpoint, getattr(torch, dtype))
         self._network.to(self.device).eval()
         config = self._network.config
-        self._multi_label = config.problem_type == "multi_label_classification" or config.num_labels == 1
+        self._to_scores = _activation(config)
         self.info = ModelInfo(
             model=checkpoint.name,
             revision=checkpoint.revision,
-            labels=tuple(str(config.id2label[index]) for index in range(config.num_labels)),
+            labels=_labels(checkpoint, config),
             transform=transform_of(processor),
             dtype=dtype,
             # Pillow too: its resize has changed bits between releases
@@ -50,10 +53,10 @@ class Classifier:
     def score(self, images_NHWC: np.ndarray, top_k: int) -> Scores:
         """The `top_k` best classes (at most as many as there are) of uint8 images [N, H, W, 3]."""
         with torch.inference_mode():
-            logits_NC = self.logits(torch.from_numpy(images_NHWC))
-            probabilities = torch.sigmoid(logits_NC) if self._multi_label else torch.softmax(logits_NC, dim=-1)
-            best = torch.topk(probabilities, min(top_k, logits_NC.shape[1]), dim=-1)
-            return Scores(best.indices.to("cpu", torch.int32).numpy(), best.values.cpu().numpy())
+            scores_NC = self._to_scores(self.logits(torch.from_numpy(images_NHWC)))
+            # topk promises no order among equal scores, and saturated ones are often equal
+            best = torch.sort(scores_NC, dim=-1, descending=True, stable=True)
+            return Scores(best.indices[:, :top_k].to("cpu", torch.int32).numpy(), best.values[:, :top_k].cpu().numpy())
 
     def logits(self, images_NHWC: torch.Tensor) -> torch.Tensor:
         """float32 logits [N, classes] of uint8 images [N, H, W, 3]."""
@@ -64,10 +67,17 @@ class Classifier:
         return logits.float()
 
     def warm(self, steps: tuple[int, ...]) -> None:
-        """Runs each step size once, so that no request pays for allocation and kernel choice."""
+        """Runs each step size once, so that no request pays for allocation and kernel choice.
+
+        Raises `ModelError` where the model does not run, for want of memory or on images of its processor's size.
+        """
         for images in steps:
             shape = (images, self.info.transform.height, self.info.transform.width, 3)
-            self.score(np.zeros(shape, np.uint8), 1)
+            try:
+                self.score(np.zeros(shape, np.uint8), 1)
+            except Exception as error:  # of whatever kind: transformers promises none
+                told = f"a step of {images} images of {shape[2]} x {shape[1]} pixels on {self.device}"
+                raise ModelError(f"{self.info.model} fails on {told}: {_reason(error)}") from error
 
 
 def use_threads(threads: int | None) -> None:
@@ -75,26 +85,48 @@ def use_threads(threads: int | None) -> None:
     torch.set_num_threads(threads or os.cpu_count() or 1)
 
 
-def _device(name: str) -> str:
+def _device(name: str) -> torch.device:
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise ModelError(f"device {name!r} cannot be used here: {_reason(error)}") from error
+
+
+def _activation(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes scores of logits, by the rules of transformers' pipeline."""
+    if config.problem_type == "regression":
+        return lambda logits_NC: logits_NC
+    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        return torch.sigmoid
+    return partial(torch.softmax, dim=-1)
+
+
+def _labels(checkpoint: Checkpoint, config: Any) -> tuple[str, ...]:
+    try:
+        return tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    except KeyError as error:
+        raise ModelError(f"{checkpoint.name}: its config.json gives class {error} no label in id2label") from error
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Any]:
     """The image processor and the network. Code and pickles that a checkpoint may bring are never run."""
     try:
         # the PIL backend is the one whose pixels are the reference; torchvision's differ by rounding
-        processor = transformers.AutoImageProcessor.from_pretrained(
-            checkpoint.path, backend="pil", trust_remote_code=False
-        )
+        load: Callable[..., Any] = transformers.AutoImageProcessor.from_pretrained
+        processor = load(checkpoint.path, backend="pil", trust_remote_code=False)
         network, report = transformers.AutoModelForImageClassification.from_pretrained(
             checkpoint.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{checkpoint.name} cannot be loaded as an image classifier: {reason}") from error
+    except Exception as error:  # of whatever kind: transformers promises none
+        raise ModelError(f"{checkpoint.name} cannot be loaded as an image classifier: {_reason(error)}") from error
     if missing := sorted(report["missing_keys"]):
         # transformers would fill them with random numbers, and the scores would mean nothing
         raise ModelError(f"{checkpoint.name} has no trained weights for {', '.join(missing[:3])}: not a classifier")
     return processor, network
+
+
+def _reason(error: Exception) -> str:
+    """The first line of it; some exceptions carry no text."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

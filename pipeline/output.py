@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.chunks import ERROR, KEY, OWN_FIELDS, ROW, STAGE
+from pipeline.chunks import ERROR, KEY, OWN_FIELDS, ROW, STAGE, utf8
 
 ROW_GROUP_ROWS = 65_536
 
@@ -52,9 +52,12 @@ def scored(rows: pa.Table, labels: Sequence[str], top_NK: np.ndarray, scores_NK:
 
 
 def with_errors(rows: pa.Table, stage: str, errors: Sequence[str | None]) -> pa.Table:
-    """The rows with `errors` filled in: one entry for each row that had no error so far, None where it still has none."""
-    places = _places(pc.is_null(rows[STAGE]).combine_chunks())
-    found = pa.array(errors, pa.string()).take(places)
+    """The rows with `errors` filled in: an entry for each row without an error so far, None where it still has none."""
+    good = pc.is_null(rows[STAGE]).combine_chunks()
+    if (count := int(pc.sum(good).as_py() or 0)) != len(errors):
+        raise ValueError(f"{count} rows without an error, but {len(errors)} results")
+    places = _places(good)
+    found = pa.array([error and utf8(error) for error in errors], pa.string()).take(places)
     stages = pc.if_else(pc.is_valid(found), pa.scalar(stage), rows[STAGE].combine_chunks())
     messages = pc.coalesce(found, rows[ERROR].combine_chunks())
     return rows.set_column(rows.schema.get_field_index(STAGE), OWN_FIELDS[2], stages).set_column(
@@ -62,14 +65,13 @@ def with_errors(rows: pa.Table, stage: str, errors: Sequence[str | None]) -> pa.
     )
 
 
-def shard_files(
-    stages: Iterable[pa.Table], shard_name: str, metadata: dict[str, str]
-) -> tuple[bytes, bytes | None]:
+def shard_files(stages: Iterable[pa.Table], shard_name: str, metadata: dict[str, str]) -> tuple[bytes, bytes | None]:
     """The output file, and the error file or None, of a shard's staged chunks.
 
     The tables come in the order of their chunks. Both files carry `metadata`, keys prefixed with `tandem.`.
     """
-    described = {f"tandem.{key}": value for key, value in metadata.items()}
+    shard_name = utf8(shard_name)
+    described = {f"tandem.{key}": utf8(value) for key, value in metadata.items()}
     scores, errors = _File(described), _File(described)
     for stage in stages:
         good = pc.is_null(stage[STAGE])

@@ -8,17 +8,14 @@ A window that fails is fetched again by itself: a connection that breaks at 900 
 from __future__ import annotations
 
 import io
-import random
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO, cast
 
-from pipeline.errors import Unavailable
+from pipeline.patience import patiently
 
 WINDOW_BYTES = 8 << 20
-ATTEMPTS = 5
-FIRST_PAUSE_S = 0.2
 
 Fetch = Callable[[int, int], bytes]
 
@@ -26,7 +23,7 @@ Fetch = Callable[[int, int], bytes]
 def open_ranged(fetch: Fetch, size: int, *, window_bytes: int = WINDOW_BYTES) -> BinaryIO:
     """A buffered file over `fetch(start, stop) -> bytes [start, stop)` of an object of `size` bytes.
 
-    Raises `Unavailable` from reads, after `ATTEMPTS` tries of one window.
+    Where `fetch` raises `Unavailable`, it is called again for that window; what it raises in the end, reads raise.
     """
     return cast(BinaryIO, io.BufferedReader(RangedFile(fetch, size, window_bytes), buffer_size=1 << 16))
 
@@ -39,6 +36,7 @@ class RangedFile(io.RawIOBase):
         self._position = 0
         self._window, self._window_start = b"", 0
         self._ahead: tuple[int, Future[bytes]] | None = None
+        self._closing = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tandem-read-ahead")
 
     def readable(self) -> bool:
@@ -51,9 +49,11 @@ class RangedFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if position < 0:
+            raise ValueError(f"seek to {position}")
+        self._position = position
+        return position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         if self._position >= self._size:
@@ -67,16 +67,20 @@ class RangedFile(io.RawIOBase):
         return len(part)
 
     def close(self) -> None:
+        self._closing.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
         super().close()
 
     def _load(self, start: int) -> None:
         sequential = start == self._window_start + len(self._window)
-        if self._ahead and self._ahead[0] == start:
-            window = self._ahead[1].result()
+        # forgotten first, so that a window that failed is fetched anew if it is wanted again
+        ahead, self._ahead = self._ahead, None
+        if ahead and ahead[0] == start:
+            window = ahead[1].result()
         else:
+            if ahead:
+                ahead[1].cancel()
             window = self._fetch_window(start)
-        self._ahead = None
         self._window, self._window_start = window, start
         following = start + len(window)
         if sequential and following < self._size:
@@ -84,11 +88,4 @@ class RangedFile(io.RawIOBase):
 
     def _fetch_window(self, start: int) -> bytes:
         stop = min(start + self._window_bytes, self._size)
-        for attempt in range(ATTEMPTS):
-            try:
-                return self._fetch(start, stop)
-            except Unavailable:
-                if attempt == ATTEMPTS - 1:
-                    raise
-                time.sleep(FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))
-        raise AssertionError("unreachable")
+        return patiently(lambda: self._fetch(start, stop), sleep=self._closing.wait)

@@ -7,7 +7,7 @@ Endpoint, region and credentials come from the usual AWS environment (`AWS_ENDPO
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
@@ -19,12 +19,12 @@ from botocore import exceptions as boto
 from botocore.config import Config
 
 from pipeline.errors import Denied, NotFound, StorageError, Unavailable
+from pipeline.patience import patiently
 from pipeline.ranged import open_ranged
 from pipeline.storage import ObjectInfo
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30
-ATTEMPTS = 5
 DELETE_AT_ONCE = 1000  # the protocol's limit
 
 _NOT_FOUND = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
@@ -36,6 +36,14 @@ _UNAVAILABLE = {
     "429", "500", "502", "503", "504", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown",
     "Throttling", "ThrottlingException",
 }  # fmt: skip
+_NO_CREDENTIALS = (
+    boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.NoAuthTokenError,
+    boto.TokenRetrievalError, boto.LoginError, boto.SSOError,
+)  # fmt: skip
+_NO_ANSWER = (
+    boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, boto.ChecksumError,
+    boto.FlexibleChecksumError, urllib3.exceptions.HTTPError, OSError,
+)  # fmt: skip
 
 
 class S3Store:
@@ -48,59 +56,68 @@ class S3Store:
 
     def list(self, *, after: str = "") -> Iterator[ObjectInfo]:
         start: dict[str, str] = {"StartAfter": self._key(after)} if after else {}
-        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix, **start)
-        with _translated(self.url):
-            for page in pages:
-                for entry in page.get("Contents", ()):
-                    name = entry["Key"].removeprefix(self.prefix)
-                    if name and not name.endswith("/"):  # consoles make empty objects to show folders
-                        yield ObjectInfo(name=name, size=entry["Size"], etag=entry["ETag"].strip('"'))
+        while True:
+            page = self._page(start)
+            for entry in page.get("Contents", ()):
+                name = entry["Key"].removeprefix(self.prefix)
+                if name and not name.endswith("/"):  # consoles make empty objects to show folders
+                    yield ObjectInfo(name=name, size=entry["Size"], etag=entry["ETag"].strip('"'))
+            if not page.get("IsTruncated"):
+                return
+            start = {"ContinuationToken": page["NextContinuationToken"]}
 
     def stat(self, name: str) -> ObjectInfo:
-        with _translated(self._url(name)):
-            head = _client().head_object(Bucket=self.bucket, Key=self._key(name))
+        head = self._call("head_object", name)
         return ObjectInfo(name=name, size=head["ContentLength"], etag=head["ETag"].strip('"'))
 
     def read(self, name: str) -> bytes:
-        for attempt in range(ATTEMPTS):
-            try:
-                with _translated(self._url(name)):
-                    body: bytes = _client().get_object(Bucket=self.bucket, Key=self._key(name))["Body"].read()
-                    return body
-            except Unavailable:
-                # botocore tries requests again, but not a body that breaks off
-                if attempt == ATTEMPTS - 1:
-                    raise
-        raise AssertionError("unreachable")
+        return patiently(lambda: self._get(name)[0])
 
     def open(self, name: str) -> BinaryIO:
         info = self.stat(name)
         return open_ranged(lambda start, stop: self._range(info, start, stop), info.size)
 
     def write(self, name: str, data: bytes) -> None:
-        with _translated(self._url(name)):
-            _client().put_object(Bucket=self.bucket, Key=self._key(name), Body=data)
+        self._call("put_object", name, Body=data)
 
     def delete(self, names: Iterable[str]) -> None:
         remaining = iter(names)
         while keys := [{"Key": self._key(name)} for name in islice(remaining, DELETE_AT_ONCE)]:
+            patiently(lambda keys=keys: self._delete(keys))  # type: ignore[misc]
+
+    def _call(self, operation: str, name: str, **parameters: Any) -> Any:
+        def call() -> Any:
+            with _translated(self._url(name)):
+                return getattr(_client(), operation)(Bucket=self.bucket, Key=self._key(name), **parameters)
+
+        return patiently(call)
+
+    def _page(self, start: dict[str, str]) -> Any:
+        def call() -> Any:
             with _translated(self.url):
-                answer = _client().delete_objects(Bucket=self.bucket, Delete={"Objects": keys, "Quiet": True})
-            for error in answer.get("Errors", ()):
-                raise StorageError(f"s3://{self.bucket}/{error['Key']} is not deleted: {error['Code']}")
+                return _client().list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, **start)
+
+        return patiently(call)
+
+    def _delete(self, keys: Sequence[dict[str, str]]) -> None:
+        with _translated(self.url):
+            answer = _client().delete_objects(Bucket=self.bucket, Delete={"Objects": keys, "Quiet": True})
+        for error in answer.get("Errors", ()):
+            raise _of_code(f"s3://{self.bucket}/{error['Key']}", {error["Code"]}, f"not deleted: {error['Code']}")
+
+    def _get(self, name: str, **parameters: str) -> tuple[bytes, str]:
+        """The body and its tag, once."""
+        with _translated(self._url(name)):
+            answer = _client().get_object(Bucket=self.bucket, Key=self._key(name), **parameters)
+            return answer["Body"].read(), answer["ETag"].strip('"')
 
     def _range(self, info: ObjectInfo, start: int, stop: int) -> bytes:
-        """Bytes [start, stop). Raises `Unavailable` for a body that is too short, so that it is fetched again."""
-        url = self._url(info.name)
-        with _translated(url):
-            answer = _client().get_object(
-                Bucket=self.bucket, Key=self._key(info.name), Range=f"bytes={start}-{stop - 1}"
-            )
-            body: bytes = answer["Body"].read()
-        if answer["ETag"].strip('"') != info.etag:
-            raise StorageError(f"{url} was replaced while it was read; start the job again")
+        """Bytes [start, stop), once. Raises `Unavailable` for a body that is too short, so that it is fetched again."""
+        body, etag = self._get(info.name, Range=f"bytes={start}-{stop - 1}")
+        if etag != info.etag:
+            raise StorageError(f"{self._url(info.name)} was replaced while it was read; start the job again")
         if len(body) != stop - start:
-            raise Unavailable(f"{url}: {len(body)} bytes came of {stop - start}")
+            raise Unavailable(f"{self._url(info.name)}: {len(body)} bytes came of {stop - start}")
         return body
 
     def _key(self, name: str) -> str:
@@ -122,11 +139,12 @@ def _client() -> Any:
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
-        retries={"mode": "standard", "max_attempts": ATTEMPTS},
+        retries={"mode": "standard", "total_max_attempts": 1},  # the waiting is done here, by `patiently`
         max_pool_connections=32,
         **checksums,
     )
-    return boto3.client("s3", config=config, region_name=_region())
+    # A session of its own: threads that make their first call together must not share the default one.
+    return boto3.Session().client("s3", config=config, region_name=_region())
 
 
 def _region() -> str | None:
@@ -140,26 +158,33 @@ def _translated(url: str) -> Iterator[None]:
         yield
     except boto.ClientError as error:
         raise _of_client_error(url, error) from error
-    except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError) as error:
-        raise Denied(f"{url}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role") from error
-    except (boto.HTTPClientError, boto.ResponseStreamingError, urllib3.exceptions.HTTPError, OSError) as error:
+    except _NO_CREDENTIALS as error:
+        raise Denied(
+            f"{url}: no usable AWS credentials ({_first_line(error)}); "
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
+        ) from error
+    except _NO_ANSWER as error:
         raise Unavailable(f"{url}: the store does not answer ({_first_line(error)})") from error
-    except boto.BotoCoreError as error:
+    except (boto.BotoCoreError, ValueError) as error:  # boto3 raises ValueError for an endpoint that is no URL
         raise StorageError(f"{url}: {_first_line(error)}") from error
 
 
 def _of_client_error(url: str, error: boto.ClientError) -> StorageError:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-    if code == "NoSuchBucket":
+    return _of_code(url, {code, status}, _first_line(error))
+
+
+def _of_code(url: str, codes: set[str], message: str) -> StorageError:
+    if "NoSuchBucket" in codes:
         return NotFound(f"{url}: there is no such bucket")
-    if {code, status} & _NOT_FOUND:
+    if codes & _NOT_FOUND:
         return NotFound(f"{url} does not exist")
-    if {code, status} & _DENIED:
-        return Denied(f"{url}: the store refuses access ({code}); check the credentials and the bucket's policy")
-    if {code, status} & _UNAVAILABLE:
-        return Unavailable(f"{url}: the store asks to come back later ({code})")
-    return StorageError(f"{url}: {_first_line(error)}")
+    if codes & _DENIED:
+        return Denied(f"{url}: the store refuses access ({message}); check the credentials and the bucket's policy")
+    if codes & _UNAVAILABLE:
+        return Unavailable(f"{url}: the store asks to come back later ({message})")
+    return StorageError(f"{url}: {message}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,15 +14,41 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from pipeline.errors import NotFound, UsageError
-from pipeline.storage import ObjectInfo, Store
+from pipeline.storage import ObjectInfo
 
 Format = Literal["tar", "parquet", "images"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 IMAGES_PER_SHARD = 1000  # of a slice of a listing: one output file for so many images
 IMAGE_SUFFIXES = frozenset(
-    ".apng .avif .bmp .dib .gif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .jpx .pbm .pcx .pgm .png .pnm .ppm .qoi .ras"
-    " .sgi .tga .tif .tiff .webp".split()
+    [
+        ".apng",
+        ".avif",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".ico",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".jpx",
+        ".pbm",
+        ".pcx",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".qoi",
+        ".ras",
+        ".sgi",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
 )
 _SUFFIXES: dict[Format, tuple[str, ...]] = {"tar": (".tar", ".tar.gz", ".tgz"), "parquet": (".parquet", ".pq")}
 
@@ -55,7 +81,7 @@ def find_shards(
     names show two formats, `NotFound` where they show none.
     """
     found: dict[Format, list[Shard]] = {known: [] for known in FORMATS}
-    others: Counter[str] = Counter()
+    names: Counter[str] = Counter()
     images = _Slices(per_slice)
     for info in objects:
         kind = None if hidden(info.name) else _format_of(info.name)
@@ -63,10 +89,9 @@ def find_shards(
             found[kind].extend(images.add(info))
         elif kind:
             found[kind].append(_of_object(info, kind))
-        else:
-            others[os.path.splitext(info.name)[1] or "no suffix"] += 1
+        names["hidden" if hidden(info.name) else os.path.splitext(info.name)[1] or "no suffix"] += 1
     found["images"].extend(images.finish())
-    return _named(found[format or _chosen(found, where)], format, where, others)
+    return _named(found[format or _chosen(found, where)], format, where, names)
 
 
 def hidden(name: str) -> bool:
@@ -139,15 +164,15 @@ def _of_object(info: ObjectInfo, kind: Format) -> Shard:
 
 
 def _chosen(found: dict[Format, list[Shard]], where: str) -> Format:
-    archives = [kind for kind in ("tar", "parquet") if found[kind]]  # type: ignore[index]
+    archives: list[Format] = [kind for kind in FORMATS if found[kind] and kind != "images"]
     if len(archives) == 2:
         raise UsageError(f"{where} holds tar and Parquet files; say which with --format tar or --format parquet")
-    return archives[0] if archives else "images"  # type: ignore[return-value]
+    return archives[0] if archives else "images"
 
 
-def _named(shards: list[Shard], format: Format | None, where: str, others: Counter[str]) -> list[Shard]:
+def _named(shards: list[Shard], format: Format | None, where: str, names: Counter[str]) -> list[Shard]:
     if not shards:
-        seen = ", ".join(f"{count} x {suffix}" for suffix, count in others.most_common(5)) or "nothing"
+        seen = ", ".join(f"{count} x {suffix}" for suffix, count in names.most_common(5)) or "nothing"
         wanted = format or "tar shards, Parquet or image"
         raise NotFound(f"{where} holds no {wanted} files (found: {seen})")
     if shards[0].format == "images":
@@ -156,9 +181,10 @@ def _named(shards: list[Shard], format: Format | None, where: str, others: Count
             for number, shard in enumerate(shards)
         ]
     stems = Counter(_stem(shard.name) for shard in shards)
+    # two shards of one stem (a.tar, a.tgz) keep their whole names, so that neither hides the other's output
+    taken = {shard.name for shard in shards} | {stem for stem, count in stems.items() if count > 1}
     return [
-        # two shards of one stem (a.tar, a.tgz) keep their whole names, so that neither hides the other's output
-        replace(shard, number=number, output=(stem if stems[stem] == 1 else shard.name) + ".parquet")
+        replace(shard, number=number, output=(shard.name if stem in taken else stem) + ".parquet")
         for number, shard in enumerate(shards)
         for stem in [_stem(shard.name)]
     ]

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
-from urllib.parse import urlsplit
 
 from pipeline.errors import NotFound, UsageError
 
@@ -51,19 +50,22 @@ class Store(Protocol):
 
 def open_store(url: str) -> Store:
     """The store at `url`: `s3://BUCKET[/PREFIX]`, `file:///PATH`, or a path. Raises `UsageError`."""
-    parts = urlsplit(url)
-    if parts.scheme == "s3":
-        if not parts.netloc:
-            raise UsageError(f"{url!r} names no bucket: write s3://BUCKET/PREFIX")
-        from pipeline.s3 import S3Store  # boto3 takes 0.3 s to import: only for those who use it
-
-        # urlsplit cuts at '?' and '#', which are ordinary characters in a key
-        return S3Store(parts.netloc, url.removeprefix(f"s3://{parts.netloc}").strip("/"))
-    if parts.scheme == "file" and not parts.netloc:
-        return _folder(Path(url.removeprefix("file://")))
-    if "://" in url:
+    # not urlsplit: it cuts at '?' and '#', which are ordinary characters in a key
+    scheme, separator, rest = url.partition("://")
+    if not url or "\0" in url:
+        raise UsageError(f"{url!r} is not storage: write s3://BUCKET/PREFIX or a local path")
+    if not separator:
+        return _folder(Path(url))
+    if scheme.lower() == "file" and rest.startswith("/"):
+        return _folder(Path(rest))
+    if scheme.lower() != "s3":
         raise UsageError(f"{url!r} is not storage that Tandem knows: write s3://BUCKET/PREFIX or a local path")
-    return _folder(Path(url))
+    bucket, _, prefix = rest.partition("/")
+    if not bucket:
+        raise UsageError(f"{url!r} names no bucket: write s3://BUCKET/PREFIX")
+    from pipeline.s3 import S3Store  # boto3 takes 0.3 s to import: only for those who use it
+
+    return S3Store(bucket, prefix.strip("/"))
 
 
 def _folder(path: Path) -> Store:
@@ -79,10 +81,10 @@ def absolute(url: str) -> str:
 
 def split_object(url: str) -> tuple[Store, str] | None:
     """The parent store and the name, where `url` is one object rather than a prefix; otherwise None."""
-    parent, _, name = url.rstrip("/").rpartition("/")
-    if not name or url.endswith("/") or parent in ("s3:/", "file:/", "s3:", "file:"):
+    parent, slash, name = url.rpartition("/")
+    if name in ("", ".", "..") or parent.lower() == "s3:/":
         return None
-    store = open_store(parent or ("/" if url.startswith("/") else "."))
+    store = open_store(parent + slash or ".")
     try:
         store.stat(name)
     except NotFound:

@@ -122,6 +122,7 @@ def _hub_cache(home: Path, model: str) -> dict[str, str]:
     commit = "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text(commit)
-    ViTForImageClassification(ViTConfig(num_labels=1000)).save_pretrained(cache / "snapshots" / commit)
+    config = ViTConfig(id2label={index: f"class {index}" for index in range(1000)})
+    ViTForImageClassification(config).save_pretrained(cache / "snapshots" / commit)
     ViTImageProcessor().save_pretrained(cache / "snapshots" / commit)
     return {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}

@@ -39,7 +39,7 @@ class Digit:
 
     key: str
     label: int
-    image_HW: npt.NDArray[np.uint8]  # noqa: N815
+    image_HW: npt.NDArray[np.uint8]
     held_out: bool
 
     @property

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from pipeline.inputs.images import ImagesReader
 from pipeline.inputs.parquet import ParquetReader
 from pipeline.inputs.sample import Columns, Reader, Sample

@@ -20,15 +20,16 @@ class ImagesReader:
     """Image files by name. The slice is listed again, and must hold what it held when the job was planned."""
 
     def __init__(self, store: Store, shard: Shard, columns: Columns) -> None:
-        if columns.carry:
-            raise UsageError(f"--carry {columns.carry[0]}: plain image files have no columns to carry along")
+        if names := [*columns.carry, *filter(None, (columns.image, columns.key))]:
+            raise UsageError(f"{names[0]!r} is asked for, but plain image files have no columns")
         self._store, self._shard = store, shard
         self.carried = pa.schema([])
 
     def __iter__(self) -> Iterator[Sample]:
         files = list(slice_of(self._store.list(after=self._shard.after), self._shard.last))
         self._check_unchanged(files)
-        with ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="tandem-read") as threads:
+        threads = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="tandem-read")
+        try:
             ahead: deque[Future[Sample]] = deque()
             for row, info in enumerate(files):
                 ahead.append(threads.submit(self._sample, row, info))
@@ -36,14 +37,22 @@ class ImagesReader:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
+        """Nothing is open but while it is read."""
 
     def _sample(self, row: int, info: ObjectInfo) -> Sample:
         if info.size > MAX_IMAGE_BYTES:
             return Sample(row=row, key=info.name, data=None, error=too_large(info.size))
         try:
-            return Sample(row=row, key=info.name, data=self._store.read(info.name))
+            data = self._store.read(info.name)
         except NotFound:
             return Sample(row=row, key=info.name, data=None, error="the file was deleted while the job ran")
+        if len(data) != info.size:
+            return Sample(row=row, key=info.name, data=None, error="the file was replaced while the job ran")
+        return Sample(row=row, key=info.name, data=data)
 
     def _check_unchanged(self, files: list[ObjectInfo]) -> None:
         now = Fingerprint()

@@ -16,6 +16,7 @@ from pipeline.storage import Store
 ROWS_AT_ONCE = 64  # bounds memory where images are large; row groups of images are often 1 GB
 IMAGE_NAMES = ("image", "img", "bytes", "image_bytes", "content", "jpg", "jpeg", "png", "data")
 KEY_NAMES = ("key", "__key__", "id", "image_id")
+_UNREADABLE = (pa.ArrowException, OSError, ValueError)
 
 
 class ParquetReader:
@@ -25,42 +26,64 @@ class ParquetReader:
         self._name = shard.name
         self._file: BinaryIO = store.open(shard.name)
         try:
-            self._parquet = pq.ParquetFile(self._file, pre_buffer=False)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ShardError(f"{shard.name} is not a readable Parquet file: {error}") from error
-        schema = self._parquet.schema_arrow
-        self._image = columns.image or _image_column(schema, shard.name)
-        self._key = columns.key or next((name for name in KEY_NAMES if name in schema.names), None)
-        _check(schema, shard.name, self._image, self._key, columns.carry)
+            self._parquet = _opened(self._file, shard.name)
+            schema = self._parquet.schema_arrow
+            self._image = columns.image or _image_column(schema, shard.name)
+            self._key = columns.key or next((name for name in KEY_NAMES if name in schema.names), None)
+            _check(schema, shard.name, self._image, self._key, columns.carry)
+        except BaseException:
+            self._file.close()
+            raise
         self.carried = pa.schema([schema.field(name) for name in columns.carry])
 
     def __iter__(self) -> Iterator[Sample]:
         wanted = list(dict.fromkeys([self._image, *([self._key] if self._key else ()), *self.carried.names]))
         row = 0
         try:
-            for batch in self._parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted, use_threads=False):
+            for batch in self._batches(wanted):
                 yield from self._samples(batch, row)
                 row += batch.num_rows
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except _UNREADABLE as error:
             raise ShardError(f"{self._name} cannot be read past row {row}: {error}") from error
         finally:
             self._file.close()
 
+    def close(self) -> None:
+        self._file.close()
+
+    def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        # by row group, so that a damaged one takes no rows of the one before with it
+        for group in range(self._parquet.num_row_groups):
+            yield from self._parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False)
+
     def _samples(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Sample]:
         images = batch.column(self._image)
         keys = batch.column(self._key) if self._key else None
-        carried = [batch.column(name) for name in self.carried.names]
+        carried = batch.select(self.carried.names) if self.carried.names else None
         for index in range(batch.num_rows):
             data, path = _parts(images[index].as_py())
-            key = keys[index].as_py() if keys is not None else path
+            key = _text(keys[index].as_py()) if keys is not None else path
             row = first_row + index
             yield Sample(
                 row=row,
-                key=str(key) if key is not None else f"{self._name}#{row}",
+                key=key if key is not None else f"{self._name}#{row}",
                 data=None if data is None or len(data) > MAX_IMAGE_BYTES else data,
                 error=_problem(data),
-                carried=tuple(column[index] for column in carried),
+                carried=carried and carried.slice(index, 1),
             )
+
+
+def _opened(file: BinaryIO, name: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
+    except _UNREADABLE as error:
+        raise ShardError(f"{name} is not a readable Parquet file: {error}") from error
+
+
+def _text(key: Any) -> str | None:
+    if isinstance(key, bytes):
+        return key.decode(errors="surrogateescape")
+    return None if key is None else str(key)
 
 
 def _parts(value: Any) -> tuple[bytes | None, str | None]:
@@ -76,7 +99,7 @@ def _problem(data: bytes | None) -> str | None:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _is_image(kind: pa.DataType) -> bool:
@@ -99,5 +122,7 @@ def _check(schema: pa.Schema, name: str, image: str, key: str | None, carry: tup
     for column in (image, *([key] if key else ()), *carry):
         if column not in schema.names:
             raise ShardError(f"{name} has no column {column!r}; it has {schema.names}")
+        if schema.names.count(column) > 1:
+            raise ShardError(f"{name} has several columns {column!r}")
     if not _is_image(schema.field(image).type):
         raise ShardError(f"{name}: column {image!r} is {schema.field(image).type}, not encoded images")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -13,9 +13,10 @@ MAX_IMAGE_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which parts of an input row are read: of Parquet, columns; of a tar, the members beside an image by suffix.
+    """Which parts of an input row are read: of Parquet, columns; of a tar, members by suffix.
 
-    `image` and `key` None mean: found by name and type. `carry` names what goes along into the output.
+    `image` and `key` None mean: found by name and type. `carry` names what goes along into the output. A reader
+    raises `UsageError` for what its format does not have.
     """
 
     image: str | None = None
@@ -27,14 +28,15 @@ class Columns:
 class Sample:
     """One input image: its place in the shard, its key, and its encoded bytes, or why there are none.
 
-    `carried` holds one value for each column of the reader's `carried` schema: a `pa.Scalar`, a string or None.
+    `carried` is one row of the reader's `carried` schema, so that values of every Arrow type pass unchanged; None
+    where nothing is carried.
     """
 
     row: int
     key: str
     data: bytes | None
     error: str | None = None
-    carried: tuple[Any, ...] = ()
+    carried: pa.RecordBatch | None = None
 
 
 class Reader(Protocol):
@@ -47,6 +49,8 @@ class Reader(Protocol):
     carried: pa.Schema
 
     def __iter__(self) -> Iterator[Sample]: ...
+
+    def close(self) -> None: ...
 
 
 def too_large(size: int) -> str:

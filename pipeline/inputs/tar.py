@@ -1,19 +1,24 @@
 """Tar shards as WebDataset writes them.
 
-A member's key is its path up to the first dot of its file name, as WebDataset defines it. Members are not grouped by
-adjacency: each image is a row of its own, wherever it stands, and what is carried along is joined to it by key.
+A member's key is its path up to the first dot of its file name, as WebDataset defines it; a file whose name begins
+with a dot has no key and is no sample. Members are not grouped by adjacency: each image is a row of its own, wherever
+it stands, and what is carried along is joined to it by key.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from pipeline.errors import ShardError
+from pipeline.errors import ShardError, UsageError
 from pipeline.inputs.sample import MAX_IMAGE_BYTES, Columns, Sample, too_large
 from pipeline.shards import Shard, is_image
 from pipeline.storage import Store
@@ -26,26 +31,39 @@ class TarReader:
     """A tar archive, plain or compressed, read as a stream. Sidecars are text, carried under their suffix's name."""
 
     def __init__(self, store: Store, shard: Shard, columns: Columns) -> None:
-        self._store, self._shard, self._carry = store, shard, columns.carry
+        if columns.key:
+            raise UsageError(f"{columns.key!r} is asked for as the key, but in a tar the names of members are the keys")
+        self._store, self._shard, self._image = store, shard, columns.image
         self.carried = pa.schema([(suffix, pa.string()) for suffix in columns.carry])
 
     def __iter__(self) -> Iterator[Sample]:
         # A sidecar may stand before its image or long after it, so those that are wanted are collected first.
-        sidecars = self._sidecars() if self._carry else {}
+        sidecars = self._sidecars() if self.carried.names else {}
         seen: set[str] = set()
-        members = 0
+        row, others = 0, list[str]()
         with self._members() as archive:
-            for row, member in enumerate(self._images(archive)):
-                members += 1
-                yield self._sample(archive, member, row, seen, sidecars)
-        if not members:
-            self._check_empty()
+            for member in _files(archive):
+                if self._is_image(member):
+                    yield self._sample(archive, member, row, seen, sidecars)
+                    row += 1
+                else:
+                    others.append(member.name)
+            self._check_end(archive)
+        if others and not row:
+            raise ShardError(f"{self._shard.name} holds no images among {len(others)} files (such as {others[0]!r})")
+
+    def close(self) -> None:
+        """Nothing is open but while it is read."""
+
+    def _is_image(self, member: tarfile.TarInfo) -> bool:
+        stem, suffix = _split_file(member.name)
+        return bool(stem) and (suffix == self._image if self._image else is_image(member.name))
 
     def _sample(
-        self, archive: tarfile.TarFile, member: tarfile.TarInfo, row: int, seen: set[str], sidecars: dict[str, Any]
+        self, archive: tarfile.TarFile, member: tarfile.TarInfo, row: int, seen: set[str], sidecars: dict[str, str]
     ) -> Sample:
         key, _ = split_key(member.name)
-        carried = tuple(sidecars.get(f"{key}.{suffix}") for suffix in self._carry)
+        carried = self._carried(key, sidecars)
         if key in seen:
             reason = f"the key {key!r} stands twice in this shard"
             return Sample(row=row, key=f"{key}@{row}", data=None, error=reason, carried=carried)
@@ -54,63 +72,118 @@ class TarReader:
             return Sample(row=row, key=key, data=None, error=too_large(member.size), carried=carried)
         return Sample(row=row, key=key, data=_content(archive, member), carried=carried)
 
-    def _images(self, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-        return (member for member in archive if member.isfile() and is_image(member.name))
+    def _carried(self, key: str, sidecars: dict[str, str]) -> pa.RecordBatch | None:
+        if not self.carried.names:
+            return None
+        values = [pa.array([sidecars.get(f"{key}.{suffix}")], pa.string()) for suffix in self.carried.names]
+        return pa.RecordBatch.from_arrays(values, schema=self.carried)
 
     def _sidecars(self) -> dict[str, str]:
         found: dict[str, str] = {}
-        with self._members() as archive:
-            for member in archive:
+        # damage is met again when the images are read, after those that stand before it
+        with suppress(ShardError), self._members() as archive:
+            for member in _files(archive):
                 key, suffix = split_key(member.name)
-                if member.isfile() and suffix in self._carry and member.size <= MAX_SIDECAR_BYTES:
+                if suffix in self.carried.names and member.size <= MAX_SIDECAR_BYTES:
                     found[f"{key}.{suffix}"] = _content(archive, member).decode(errors="replace").strip()
         return found
 
-    def _check_empty(self) -> None:
-        with self._members() as archive:
-            names = [member.name for member in archive if member.isfile()]
-        if names:
-            raise ShardError(f"{self._shard.name} holds no images among {len(names)} members (such as {names[0]!r})")
+    def _check_end(self, archive: tarfile.TarFile) -> None:
+        """Refuses what goes on after the end-of-archive mark: a second archive, or the rest after a hole of zeros.
+
+        The mark is two blocks of zeros, of which some writers leave out the second.
+        """
+        stream = archive.fileobj
+        assert stream is not None
+        if any(stream.read(tarfile.BLOCKSIZE)):
+            raise ShardError(f"{self._shard.name} is damaged: a block of zeros stands where a member should")
+        while block := stream.read(tarfile.BLOCKSIZE):
+            if _is_header(block):
+                raise ShardError(f"{self._shard.name} goes on after its end-of-archive mark; make it one archive")
 
     @contextmanager
     def _members(self) -> Iterator[tarfile.TarFile]:
-        with self._store.open(self._shard.name) as file:
+        name = self._shard.name
+        with self._store.open(name) as file:
             try:
                 with tarfile.open(
-                    fileobj=file, mode="r|*", bufsize=BUFFER_BYTES, tarinfo=_StrictTarInfo, errors="surrogateescape"
+                    fileobj=cast(BinaryIO, _Unpacked(file)),
+                    mode="r|",
+                    bufsize=BUFFER_BYTES,
+                    tarinfo=_StrictTarInfo,
+                    errors="surrogateescape",
                 ) as archive:
                     yield archive
             except _BadHeader as error:
-                raise ShardError(f"{self._shard.name}: {error}") from error
-            except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-                raise ShardError(f"{self._shard.name} is not a readable tar archive: {error}") from error
-            except OSError as error:  # gzip, lzma and zlib report bad data so; a store's own errors are StorageError
-                raise ShardError(f"{self._shard.name} cannot be unpacked: {error}") from error
+                raise ShardError(f"{name}: the archive is cut off or damaged ({error})") from error
+            except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+                raise ShardError(f"{name} is not a readable tar archive: {error}") from error
+            # a store's own errors are StorageError, and pass
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                raise ShardError(f"{name} cannot be unpacked: {error}") from error
+
+
+_COMPRESSED: dict[bytes, Callable[[BinaryIO], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+}
+
+
+class _Unpacked:
+    """The archive's bytes, of a compressed file as they come: what stands before damage is not lost to buffering.
+
+    Unlike tarfile's own decompression of streams, this checks check sums and reads files of several parts.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        magic = file.read(6)
+        file.seek(0)
+        opener = next((opener for start, opener in _COMPRESSED.items() if magic.startswith(start)), None)
+        self.read: Callable[[int], bytes] = opener(file).read1 if opener else file.read
 
 
 class _BadHeader(Exception):
-    """Not a `tarfile.HeaderError`: that one ends the archive as if nothing were missing."""
+    """Not a `tarfile.HeaderError`: most of those end an archive as if nothing were missing."""
 
 
 class _StrictTarInfo(tarfile.TarInfo):
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:  # type: ignore[override]
         try:
-            return super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
         except tarfile.HeaderError as error:
-            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
-                raise  # the end-of-archive mark
-            raise _BadHeader(f"the archive is cut off or damaged ({error})") from error
+            raise _BadHeader(error) from error
 
 
 def split_key(name: str) -> tuple[str, str]:
     """A member's key and suffix: `a/b.left.jpg` is key `a/b`, suffix `left.jpg`."""
-    folder, slash, file = name.removeprefix("./").rpartition("/")
-    stem, _, suffix = file.partition(".")
+    folder, slash, _ = name.removeprefix("./").rpartition("/")
+    stem, suffix = _split_file(name)
     return folder + slash + stem, suffix
+
+
+def _split_file(name: str) -> tuple[str, str]:
+    stem, _, suffix = name.rpartition("/")[2].partition(".")
+    return stem, suffix
+
+
+def _files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    return (member for member in archive if member.isfile())
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = archive.extractfile(member)
     assert file is not None, "only regular files are read"
     return file.read()
+
+
+def _is_header(block: bytes) -> bool:
+    if block[257:262] != b"ustar":
+        return False
+    with suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        return True
+    return False

@@ -1,0 +1,134 @@
+"""A configuration file says what its classes know, or the message says which option is wrong and what it can be."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.config import Config, EndpointConfig, PoolConfig, load_config, parse_config
+from pipeline.errors import UsageError
+
+_SECTIONS = {"pool": PoolConfig, "endpoint": EndpointConfig}
+_OPTIONS = [(section, option) for section, kind in _SECTIONS.items() for option in dataclasses.fields(kind)]
+_NUMBERS = [(section, option.name) for section, option in _OPTIONS if str(option.type)[:3] in ("int", "flo")]
+_TEXTS = {"device": "cuda:0", "dtype": "bfloat16"}
+
+
+def _written(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "tandem.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(("section", "option"), _OPTIONS, ids=lambda value: getattr(value, "name", value))
+def test_every_option_is_taken_from_the_file(section: str, option: dataclasses.Field[Any], tmp_path: Path) -> None:
+    value = _TEXTS.get(option.name, 3)
+    config = load_config(_written(tmp_path, f"{section}:\n  {option.name}: {value}\n"))
+    assert getattr(getattr(config, section), option.name) == value
+    assert dataclasses.replace(getattr(config, section), **{option.name: option.default}) == _SECTIONS[section]()
+
+
+@pytest.mark.parametrize(("section", "name"), _NUMBERS)
+@pytest.mark.parametrize("value", [-1, -0.5, math.nan, math.inf, "3", True, [3]])
+def test_a_number_that_cannot_be_is_refused_by_name_and_value(section: str, name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=rf"^{section}\.{name} is ") as caught:
+        parse_config({section: {name: value}})
+    assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["replicas", "threads", "max_step", "max_online_backlog", "max_batch_backlog"])
+def test_counts_of_the_pool_are_at_least_one(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"^pool\.{name} is 0; it must be at least 1"):
+        parse_config({"pool": {name: 0}})
+
+
+@pytest.mark.parametrize("value", ["float64", 16, None, ["float32"]])
+def test_an_unknown_dtype_is_refused_and_the_known_ones_listed(value: Any) -> None:
+    with pytest.raises(UsageError, match=r"dtype is .*(must|can) be.*"):
+        parse_config({"pool": {"dtype": value}})
+
+
+@pytest.mark.parametrize("name", ["gpus", "threads", "max_step"])
+def test_what_is_chosen_by_the_machine_can_be_null(name: str) -> None:
+    assert parse_config({"pool": {name: None}}) == Config()
+
+
+@pytest.mark.parametrize("name", ["replicas", "device", "cpus"])
+def test_what_is_not_chosen_by_the_machine_cannot_be_null(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"pool\.{name} is None"):
+        parse_config({"pool": {name: None}})
+
+
+def test_an_unknown_option_is_refused_with_the_one_that_was_meant() -> None:
+    with pytest.raises(
+        UsageError, match=r"pool has no option 'replica' \(do you mean replicas\?\); it has replicas, cpus"
+    ):
+        parse_config({"pool": {"replica": 2}})
+
+
+@pytest.mark.parametrize("name", ["zzz", 1, None, True])
+def test_an_option_like_no_other_is_refused_with_the_list(name: Any) -> None:
+    with pytest.raises(UsageError, match=rf"endpoint has no option {name!r}; it has replicas, "):
+        parse_config({"endpoint": {name: 2}})
+
+
+def test_an_unknown_section_is_refused_with_the_one_that_was_meant() -> None:
+    with pytest.raises(
+        UsageError, match=r"the file has no option 'pools' \(do you mean pool\?\); it has pool, endpoint"
+    ):
+        parse_config({"pools": {}})
+
+
+@pytest.mark.parametrize("content", [0, False, [], "text", ["pool"], 1.5])
+def test_what_is_no_mapping_is_refused(content: Any) -> None:
+    with pytest.raises(UsageError, match="the file must be a mapping"):
+        parse_config(content)
+    with pytest.raises(UsageError, match="pool must be a mapping"):
+        parse_config({"pool": content})
+
+
+@pytest.mark.parametrize("text", ["", "# only a remark\n", "pool:\nendpoint:\n", "{}", "pool: {}"])
+def test_a_file_that_says_nothing_gives_the_defaults(text: str, tmp_path: Path) -> None:
+    assert load_config(_written(tmp_path, text)) == Config()
+
+
+def test_no_file_gives_the_defaults() -> None:
+    assert load_config(None) == Config()
+
+
+@pytest.mark.parametrize("text", ["pool: [", "\tpool: 1", "a: b: c", "!!python/object:os.system {}", "pool: \x01"])
+def test_a_file_that_is_no_yaml_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    path = _written(tmp_path, text)
+    with pytest.raises(UsageError, match="is not YAML") as caught:
+        load_config(path)
+    assert path in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"pool: \xff\xfe")
+    with pytest.raises(UsageError, match="is not YAML"):
+        load_config(str(path))
+
+
+def test_a_file_that_is_not_there_is_told_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--config .*nope.yaml: No such file"):
+        load_config(str(tmp_path / "nope.yaml"))
+    with pytest.raises(UsageError, match="Is a directory"):
+        load_config(str(tmp_path))
+
+
+def test_an_error_in_the_file_names_the_file_and_the_option(tmp_path: Path) -> None:
+    path = _written(tmp_path, "endpoint:\n  timeout_s: -2\n")
+    with pytest.raises(UsageError, match=r"endpoint\.timeout_s is -2; it must be at least 0") as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"--config {path}: ")
+
+
+def test_the_defaults_come_back_from_a_mapping() -> None:
+    assert parse_config(dataclasses.asdict(Config())) == Config()

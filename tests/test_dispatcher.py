@@ -1,0 +1,317 @@
+"""Every request gets the scores of its own images, whatever shares its steps, fails or goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from pipeline.dispatcher import Dispatcher, Scores
+from pipeline.errors import Busy
+from pipeline.lanes import Lane, LaneLimits
+
+CLASSES = 6
+BAD = 255  # an image of these pixels makes the step fail
+
+
+class Checksums:
+    """A model whose best class of an image is its first pixel modulo `CLASSES`, scored by the sum of its pixels.
+
+    Where it is made so, it blocks until it is let: `entered` tells that it has a step, `let` says how many may pass.
+    """
+
+    def __init__(self, *, blocks: bool = False) -> None:
+        self.entered, self._passes = threading.Semaphore(0), threading.Semaphore(0)
+        self._blocks = blocks
+        self.steps: list[list[int]] = []
+
+    def let(self, steps: int = 1000) -> None:
+        self._passes.release(steps)
+
+    def score(self, images_NHWC: np.ndarray, top_k: int) -> Scores:
+        self.steps.append([int(image[0, 0, 0]) for image in images_NHWC])
+        self.entered.release()
+        assert not self._blocks or self._passes.acquire(timeout=10)
+        if (images_NHWC == BAD).any():
+            raise ArithmeticError("a bad image in the step")
+        k = min(top_k, CLASSES)
+        first_N1 = images_NHWC[:, 0, 0, :1].astype(np.int32)
+        sums_N1 = images_NHWC.sum(axis=(1, 2, 3))[:, None].astype(np.float32)
+        return Scores((first_N1 + np.arange(k, dtype=np.int32)) % CLASSES, sums_N1 - np.arange(k, dtype=np.float32))
+
+
+class Uneven:
+    """A model that loses an image."""
+
+    def score(self, images_NHWC: np.ndarray, top_k: int) -> Scores:
+        return Scores(np.zeros((len(images_NHWC) - 1, 1), np.int32), np.zeros((len(images_NHWC) - 1, 1), np.float32))
+
+
+def _images(*values: int) -> np.ndarray:
+    """One image of 2 x 2 pixels for each value."""
+    return np.array(values, np.uint8)[:, None, None, None] + np.zeros((1, 2, 2, 3), np.uint8)
+
+
+def _check(scores: Scores, *values: int, top_k: int = 1) -> None:
+    assert scores.top_NK.tolist() == [[(value + place) % CLASSES for place in range(top_k)] for value in values]
+    assert scores.scores_NK.tolist() == [[12.0 * value - place for place in range(top_k)] for value in values]
+    assert (str(scores.top_NK.dtype), str(scores.scores_NK.dtype)) == ("int32", "float32")
+
+
+@asynccontextmanager
+async def _running(model: Checksums | Uneven, **limits: int) -> AsyncIterator[Dispatcher]:
+    dispatcher = Dispatcher(model, LaneLimits(**{"max_step": 4, **limits}))
+    loop = asyncio.create_task(dispatcher.run())
+    try:
+        yield dispatcher
+    finally:
+        if isinstance(model, Checksums):
+            model.let()
+        assert not loop.done(), "nothing that is asked may end the loop"
+        loop.cancel()
+        await asyncio.wait([loop])
+
+
+@asynccontextmanager
+async def _blocked(model: Checksums, **limits: int) -> AsyncIterator[Dispatcher]:
+    """A dispatcher whose model works on a step of one batch image, 0, until it is let."""
+    async with _running(model, **limits) as dispatcher:
+        first = asyncio.create_task(dispatcher.submit(Lane.BATCH, _images(0), 1))
+        assert await asyncio.to_thread(model.entered.acquire, timeout=10)
+        yield dispatcher
+        _check(await first, 0)
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
+
+
+def _run(test: Awaitable[None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 20))
+
+
+def test_answers_belong_to_their_own_images_across_split_and_merged_steps() -> None:
+    async def test() -> None:
+        model, values = Checksums(), itertools.cycle(range(200))
+        async with _running(model, max_step=5) as dispatcher:
+            asked = [
+                (lane, [next(values) for _ in range(images)], top_k)
+                for images, top_k, lane in itertools.product((1, 3, 5, 7, 23), (1, 2, CLASSES), Lane)
+            ]
+            answers = await asyncio.gather(*(dispatcher.submit(lane, _images(*own), k) for lane, own, k in asked))
+        for (_, own, top_k), answer in zip(asked, answers, strict=True):
+            _check(answer, *own, top_k=top_k)
+        assert {len(step) for step in model.steps[:-1]} == {5}
+
+    _run(test())
+
+
+def test_requests_of_different_top_k_share_a_step() -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        async with _blocked(model) as dispatcher:
+            tasks = [asyncio.create_task(dispatcher.submit(Lane.ONLINE, _images(10 * k), k)) for k in (1, 3, 2)]
+            await _until(lambda: dispatcher.backlog(Lane.ONLINE) == 3)
+            model.let()
+            for k, answer in zip((1, 3, 2), await asyncio.gather(*tasks), strict=True):
+                _check(answer, 10 * k, top_k=k)
+        assert model.steps == [[0], [10, 30, 20]]
+
+    _run(test())
+
+
+def test_top_k_above_the_number_of_classes_gives_all_classes() -> None:
+    async def test() -> None:
+        async with _running(Checksums()) as dispatcher:
+            _check(await dispatcher.submit(Lane.ONLINE, _images(7, 8, 9, 10, 11), 50), 7, 8, 9, 10, 11, top_k=CLASSES)
+
+    _run(test())
+
+
+def test_a_full_lane_is_busy_at_once_and_the_other_lane_is_not() -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        async with _blocked(model, max_batch_backlog=2) as dispatcher:
+            waits = asyncio.create_task(dispatcher.submit(Lane.BATCH, _images(1, 2), 1))
+            await _until(lambda: dispatcher.backlog(Lane.BATCH) == 2)
+            with pytest.raises(Busy, match="batch lane is full: 2 images wait"):
+                await dispatcher.submit(Lane.BATCH, _images(3), 1)
+            online = asyncio.create_task(dispatcher.submit(Lane.ONLINE, _images(4), 1))
+            model.let()
+            _check(await waits, 1, 2)
+            _check(await online, 4)
+
+    _run(test())
+
+
+def test_online_overtakes_a_backlog_of_batch() -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        async with _blocked(model) as dispatcher:
+            batch = asyncio.create_task(dispatcher.submit(Lane.BATCH, _images(*range(1, 11)), 1))
+            await _until(lambda: dispatcher.backlog(Lane.BATCH) == 10)
+            online = asyncio.create_task(dispatcher.submit(Lane.ONLINE, _images(100, 101), 1))
+            await _until(lambda: dispatcher.backlog(Lane.ONLINE) == 2)
+            model.let()
+            await asyncio.gather(batch, online)
+        assert model.steps[:2] == [[0], [100, 101, 1, 2]]
+
+    _run(test())
+
+
+def test_a_failing_step_fails_those_in_it_and_the_loop_goes_on() -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        async with _blocked(model, max_step=3) as dispatcher:
+            # steps: [1, BAD, 2] and what follows; the rest of the third request leaves with its first image
+            requests = [_images(1), _images(BAD), _images(2, 3, 4, 5), _images(6, 7)]
+            tasks = [asyncio.create_task(dispatcher.submit(Lane.BATCH, images, 1)) for images in requests]
+            await _until(lambda: dispatcher.backlog(Lane.BATCH) == 8)
+            model.let()
+            *failed, fine = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [type(error) for error in failed] == [ArithmeticError] * 3
+            assert isinstance(fine, Scores)
+            _check(fine, 6, 7)
+            assert dispatcher.backlog(Lane.BATCH) == 0
+        assert model.steps == [[0], [1, BAD, 2], [6, 7]]
+
+    _run(test())
+
+
+def test_a_model_that_loses_an_image_fails_the_step_and_not_the_loop() -> None:
+    async def test() -> None:
+        async with _running(Uneven()) as dispatcher:
+            for _ in range(2):
+                with pytest.raises(ValueError, match="2 scores for 3 images"):
+                    await dispatcher.submit(Lane.ONLINE, _images(1, 2, 3), 1)
+
+    _run(test())
+
+
+def test_a_request_without_images_is_refused_and_the_loop_goes_on() -> None:
+    async def test() -> None:
+        async with _running(Checksums()) as dispatcher:
+            with pytest.raises(ValueError, match="at least 1"):
+                await dispatcher.submit(Lane.ONLINE, _images(), 1)
+            _check(await dispatcher.submit(Lane.ONLINE, _images(5), 1), 5)
+
+    _run(test())
+
+
+def test_a_clock_that_stands_still_does_not_stop_the_loop() -> None:
+    async def test() -> None:
+        dispatcher = Dispatcher(Checksums(), LaneLimits(max_step=4), clock=lambda: 0.0)
+        loop = asyncio.create_task(dispatcher.run())
+        for value in range(3):
+            _check(await dispatcher.submit(Lane.ONLINE, _images(value), 1), value)
+        loop.cancel()
+
+    _run(test())
+
+
+def test_a_cancelled_request_leaves_its_lane() -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        async with _blocked(model) as dispatcher:
+            gone = asyncio.create_task(dispatcher.submit(Lane.ONLINE, _images(1, 2, 3), 1))
+            stays = asyncio.create_task(dispatcher.submit(Lane.ONLINE, _images(4), 1))
+            await _until(lambda: dispatcher.backlog(Lane.ONLINE) == 4)
+            gone.cancel()
+            await asyncio.wait([gone])
+            assert dispatcher.backlog(Lane.ONLINE) == 1
+            model.let()
+            _check(await stays, 4)
+        assert model.steps == [[0], [4]]
+
+    _run(test())
+
+
+@pytest.mark.parametrize(("images", "steps"), [(2, [[9, 1, 2, 99]]), (6, [[9, 1, 2, 3], [99]])], ids=["all", "half"])
+def test_a_request_cancelled_within_its_step_does_not_break_the_others_in_it(
+    images: int, steps: list[list[int]]
+) -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        async with _blocked(model) as dispatcher:
+            gone = asyncio.create_task(dispatcher.submit(Lane.BATCH, _images(*range(1, images + 1)), 1))
+            await _until(lambda: dispatcher.backlog(Lane.BATCH) == images)
+            behind = asyncio.create_task(dispatcher.submit(Lane.BATCH, _images(99), 1))
+            online = asyncio.create_task(dispatcher.submit(Lane.ONLINE, _images(9), 1))
+            await _until(lambda: dispatcher.backlog(Lane.BATCH) + dispatcher.backlog(Lane.ONLINE) == images + 2)
+            model.let(1)
+            assert await asyncio.to_thread(model.entered.acquire, timeout=10)
+            gone.cancel()
+            await asyncio.wait([gone])
+            model.let()
+            _check(await online, 9)
+            _check(await behind, 99)
+        assert model.steps == [[0], *steps]
+
+    _run(test())
+
+
+def test_a_request_cancelled_within_a_step_that_fails_does_not_end_the_loop() -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        async with _running(model) as dispatcher:
+            gone = asyncio.create_task(dispatcher.submit(Lane.BATCH, _images(BAD), 1))
+            assert await asyncio.to_thread(model.entered.acquire, timeout=10)
+            gone.cancel()
+            await asyncio.wait([gone])
+            model.let()
+            _check(await dispatcher.submit(Lane.BATCH, _images(7), 1), 7)
+
+    _run(test())
+
+
+def test_counters_tell_the_images_that_were_scored() -> None:
+    async def test() -> None:
+        async with _running(Checksums()) as dispatcher:
+            await asyncio.gather(
+                dispatcher.submit(Lane.ONLINE, _images(1, 2), 1), dispatcher.submit(Lane.BATCH, _images(*range(9)), 1)
+            )
+            with pytest.raises(ArithmeticError):
+                await dispatcher.submit(Lane.ONLINE, _images(BAD), 1)
+            assert dispatcher.images == {Lane.ONLINE: 2, Lane.BATCH: 9}
+
+    _run(test())
+
+
+def test_requests_that_wait_when_the_loop_ends_are_told_to_go_elsewhere() -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        dispatcher = Dispatcher(model, LaneLimits(max_step=1))
+        loop = asyncio.create_task(dispatcher.run())
+        tasks = [asyncio.create_task(dispatcher.submit(lane, _images(1, 2), 1)) for lane in Lane]
+        assert await asyncio.to_thread(model.entered.acquire, timeout=10)
+        loop.cancel()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [Busy, Busy]
+        with pytest.raises(Busy, match="shutting down"):
+            await dispatcher.submit(Lane.ONLINE, _images(3), 1)
+        model.let()
+
+    _run(test())
+
+
+def test_the_models_thread_ends_with_the_loop() -> None:
+    async def test() -> None:
+        async with _running(Checksums()) as dispatcher:
+            await dispatcher.submit(Lane.ONLINE, _images(1), 1)
+            assert _threads()
+        await _until(lambda: not _threads())
+
+    _run(test())
+
+
+def _threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("tandem-model")]
