@@ -12,7 +12,6 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve import RunTarget
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentResponse
 
 from deployments.config import Config, EndpointConfig
 from deployments.pool import Answer, deploy, pool_handle, wait_running, wait_warm
@@ -66,7 +65,7 @@ class Endpoint:
         return decode_image(image, self._info.transform, max_pixels=self._config.max_pixels)
 
 
-async def _answer(call: DeploymentResponse[Any]) -> Any:
+async def _answer(call: Any) -> Any:
     """What the pool answers. Raises `PoolFailed` where no replica does; a caller that leaves takes its call along."""
     try:
         return await call

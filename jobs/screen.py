@@ -14,6 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from jobs.receipts import Progress as JobProgress
+from pipeline.errors import ModelError, OutputConflict, StorageError, UsageError
+
+# What these say is the whole story.
+_COMPLETE = (UsageError, StorageError, ModelError, OutputConflict)
 
 
 class Screen:
@@ -87,7 +91,8 @@ def own_screen(*, as_json: bool) -> Iterator[Screen]:
     """The terminal for Tandem alone.
 
     Ray's C++ core and other libraries write to the descriptors themselves, past Python's logging, so the descriptors
-    are what is turned to a log file; it is kept, and named, where an error that is not Tandem's own ends the context.
+    are what is turned to a log file. It is kept, and named in a note on the error, where an error ends the context that
+    does not say all by itself.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -100,7 +105,7 @@ def own_screen(*, as_json: bool) -> Iterator[Screen]:
         with os.fdopen(os.dup(saved[0]), "w") as out, os.fdopen(os.dup(saved[1]), "w") as err:
             yield Screen(out, err, as_json=as_json)
     except Exception as error:
-        if os.path.getsize(path):
+        if os.path.getsize(path) and not isinstance(error, _COMPLETE):
             error.add_note(f"what libraries printed is in {path}")
         raise
     finally:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,27 @@ class Done:
     def json(self) -> Any:
         """Standard output, which must be one JSON value and nothing else."""
         return json.loads(self.out)
+
+
+def tandem_in_terminal(*arguments: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> Done:
+    """Runs the command with a terminal as its standard error, as a person sees it."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [str(BIN / "tandem"), *arguments],
+        env=clean_environment({"TERM": "xterm", **(environment or {})}),
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+    ) as process:
+        os.close(theirs)
+        shown = bytearray()
+        with suppress(OSError):  # how a terminal tells that nobody writes to it any more
+            while part := os.read(ours, 1 << 16):
+                shown += part
+        os.close(ours)
+        assert process.stdout is not None
+        return Done(process.wait(TIMEOUT_S), process.stdout.read(), shown.decode())
 
 
 def tandem(*arguments: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> Done:

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import s3
 from pipeline.storage import Store, open_store
-from tests.command import Done, tandem
+from tests.command import Done, tandem_in_terminal
 from tests.stores import Radosgw, environment, missing_programs, moto
 
 
@@ -78,7 +78,7 @@ class Demo:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory, state: dict[str, str]) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
-    return Demo(tandem("demo", "--json", cwd=folder, environment=state), folder)
+    return Demo(tandem_in_terminal("demo", "--json", cwd=folder, environment=state), folder)
 
 
 def lead_to_store(monkeypatch: pytest.MonkeyPatch, port: int) -> None:

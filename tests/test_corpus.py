@@ -162,7 +162,7 @@ def test_the_shipped_model_is_as_accurate_as_its_card_says(corpus: Sequence[Digi
 
 def predicted(folder: Path, members: Sequence[Digit]) -> list[int]:
     """Labels by `transformers` alone, without a line of Tandem's own inference."""
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # type: ignore[no-untyped-call]
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     model = AutoModelForImageClassification.from_pretrained(folder)
     images = [Image.open(io.BytesIO(encode(digit)[1])).convert("RGB") for digit in members]
     with torch.inference_mode():

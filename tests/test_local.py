@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -40,7 +41,6 @@ def test_the_demo_serves_both_lanes_from_the_same_actors_and_is_as_accurate_as_t
 
     assert done.code == 0, done.err
     result = done.json
-    assert done.err == ""
     assert (result["images"], result["errors"], result["online_errors"]) == (1797, 0, 0)
     assert result["accuracy"] == _accuracy_by_transformers([digit for digit in digits() if digit.held_out])
     assert result["accuracy"] >= 0.97
@@ -51,6 +51,15 @@ def test_the_demo_serves_both_lanes_from_the_same_actors_and_is_as_accurate_as_t
     assert result["batch_images_per_s"] > 0
     rows = pq.read_table(demo.folder / result["output"]).num_rows
     assert rows == 1797
+
+
+def test_the_demo_shows_a_progress_bar_and_no_line_of_a_library(demo: Demo) -> None:
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", demo.done.err).replace("\r", "\n").split("\n")
+    told = {re.sub(r"^. |\s+[━╸╺ ].*", "", line).strip() for line in lines}
+
+    assert {"starting Ray", "starting the pool and the endpoint", "scoring"} <= told
+    assert told <= {"", "starting", "uploading the corpus", "starting Ray", "starting the pool",
+                    "starting the pool and the endpoint", "scoring", "done"}  # fmt: skip
 
 
 def test_a_job_without_a_cluster_runs_on_a_ray_of_its_own_and_leaves_none_behind(
