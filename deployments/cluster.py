@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,7 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-# A small machine has fewer cores than the pool, the endpoint, readers, callers and decoders ask for together.
-MIN_LOGICAL_CPUS = 4
+MIN_LOGICAL_CPUS = 2  # below, the pool, its endpoint, a reader, a caller and a decoder do not fit together
 OBJECT_STORE_BYTES = 2 << 30
 PROBES, PROBE_PAUSE_S = 50, 0.2
 
@@ -59,10 +59,20 @@ def local_ray(*, dashboard: bool = False) -> Iterator[str]:
         configure_logging=True,
         _node_ip_address="127.0.0.1",
     )
+    _stop_on_sigterm()
     try:
         yield f"http://{context.dashboard_url}" if dashboard else ""
     finally:
         ray.shutdown()
+
+
+def _stop_on_sigterm() -> None:
+    """Has SIGTERM end this process as Ctrl-C does, through all that cleans up. Ray's own handler does not."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 @contextmanager
@@ -106,6 +116,7 @@ def join_ray() -> None:
     import ray
 
     ray.init(log_to_driver=False, logging_level=logging.CRITICAL)
+    _stop_on_sigterm()
 
 
 def start_serve(*, http: bool) -> None:

@@ -26,14 +26,14 @@ from jobs.spec import JobPaths
 from pipeline.chunks import Chunk, ChunkLimits, chunks, failed_shard, from_ipc, to_ipc
 from pipeline.decode import decode_image
 from pipeline.dispatcher import Scores
-from pipeline.errors import ImageError, ShardError
+from pipeline.errors import ImageError, JobError, ShardError
 from pipeline.inputs import Columns, open_reader
 from pipeline.output import scored, with_errors
 from pipeline.shards import Shard
 from pipeline.storage import Store
 from pipeline.transform import ImageTransform
 
-READ_CPUS, DECODE_CPUS, SCORE_CPUS = 0.25, 1.0, 0.1
+READ_CPUS, SCORE_CPUS = 0.25, 0.1
 LOWEST_PRIORITY = 19
 CHUNKS_IN_FLIGHT = 4  # of one caller: enough to hide a call's latency, few enough for the replica's lane
 
@@ -70,7 +70,7 @@ class DataPath:
     def receipts(self, work: list[tuple[Shard, frozenset[int]]], callers: int) -> Iterator[Receipt]:
         """Scores the shards, except their chunks that are staged already, and yields a receipt for each chunk."""
         _configure(DataContext.get_current())
-        decoders = _decoders()
+        decoders, decode_cpus = _decoders()
         dataset = (
             ray.data.read_datasource(
                 _Shards(self, work),
@@ -83,7 +83,7 @@ class DataPath:
                 batch_size=1,
                 batch_format="pyarrow",
                 zero_copy_batch=True,
-                num_cpus=DECODE_CPUS,
+                num_cpus=decode_cpus,
                 # an explicit size keeps Ray from fusing this stage with its neighbours
                 compute=TaskPoolStrategy(size=decoders),
             )
@@ -117,10 +117,21 @@ def _configure(context: DataContext) -> None:
     context.execution_options.resource_limits = ExecutionResources.for_limits(gpu=0)
 
 
-def _decoders() -> int:
-    """Decode tasks at once: the CPUs that the pool, its endpoint, the callers and the readers leave."""
-    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    return max(1, int(free.get("CPU", 1.0) - SCORE_CPUS - READ_CPUS))
+def _decoders() -> tuple[int, float]:
+    """Decode tasks at once, and CPUs of each: what the pool, its endpoint, the caller and the reader leave.
+
+    Where less than one CPU is left, one task takes what there is: a task that asks for more would wait for ever.
+    """
+    resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    free, needed = resources.get("CPU", 0.0), SCORE_CPUS + READ_CPUS
+    if free <= needed:
+        raise JobError(
+            f"the cluster has {free:g} free CPUs, and a job needs more than {needed:g} beside the pool: add a node, or "
+            "give the pool fewer cpus or replicas"
+        )
+    if free - needed >= 1:
+        return int(free - needed), 1.0
+    return 1, round(free - needed, 2)
 
 
 class _Shards(Datasource):

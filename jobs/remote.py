@@ -131,6 +131,9 @@ def main() -> int:
     request = json.loads(os.environ[REQUEST])
     try:
         _tell("result", result=_do(request))
+    except KeyboardInterrupt:
+        _tell("error", kind="JobError", message="the job was stopped; submit it again to go on with it")
+        return 1
     except TandemError as error:
         _tell("error", kind=type(error).__name__, message=str(error))
         return 1

@@ -22,6 +22,7 @@ from deployments.config import Config
 from deployments.pool import attach, bring_up, take_down
 from jobs.commit import commit_shard
 from jobs.datapath import DataPath
+from jobs.lease import Lease
 from jobs.ledger import Ledger
 from jobs.plan import (
     Plan,
@@ -114,23 +115,27 @@ def run_job(job: Prepared, config: Config, on_progress: OnProgress = lambda prog
         return job.report
     started = time.monotonic()
     on_progress(Progress(phase="pool", shards=len(job.shards)))
-    with _pool(job.spec.model, config) as info:
+    with Lease(job.store, job.names) as lease, _pool(job.spec.model, config) as info:
+        if lease.waited:
+            job = prepare(job.spec)
         plan = job.plan
         if plan is None:
             plan = make_plan(job.spec, job.shards, job.carried, info)
             write_plan(job.store, plan)
         check_same_model(plan, info, job.spec.output)
-        run = _Run(plan, job.store, Ledger(plan.shards, job.names), on_progress)
+        run = _Run(plan, job.store, lease, Ledger(plan.shards, job.names), on_progress)
         run.score(info, config)
-    return run.finish(time.monotonic() - started)
+        return run.finish(time.monotonic() - started)
 
 
 def _foreign(store: Store) -> list[str]:
-    """The names under an OUTPUT without a plan, which must be none but a plan's that was cut short."""
+    """The names under an OUTPUT without a plan, which must be none but what a driver writes before the plan counts."""
+    names = []
     for info in store.list():
-        if info.name != JobPaths.PLAN:
+        if info.name != JobPaths.PLAN and JobPaths.parse_lease(info.name) is None:
             raise OutputConflict(f"{store.url} holds other files ({info.name}); choose an OUTPUT that is empty")
-    return []
+        names.append(info.name)
+    return names
 
 
 @contextmanager
@@ -148,8 +153,9 @@ def _pool(model: str, config: Config) -> Iterator[ModelInfo]:
 class _Run:
     """One driver's work on a job."""
 
-    def __init__(self, plan: Plan, store: Store, ledger: Ledger, on_progress: OnProgress) -> None:
-        self._plan, self._store, self._ledger, self._on_progress = plan, store, ledger, on_progress
+    def __init__(self, plan: Plan, store: Store, lease: Lease, ledger: Ledger, on_progress: OnProgress) -> None:
+        self._plan, self._store, self._lease = plan, store, lease
+        self._ledger, self._on_progress = ledger, on_progress
         self._resumed = ledger.done
         self._bytes_total = sum(shard.size for shard in plan.shards)
         self._bytes_done = sum(shard.size for shard in plan.shards if ledger.committed(shard.number))
@@ -176,6 +182,7 @@ class _Run:
 
     def finish(self, seconds: float) -> Report:
         """Writes `_SUCCESS`, which is what marks a finished job, and tells what was done."""
+        self._lease.check()
         self._empty_stage()
         elapsed_s = self._tally.elapsed_s()
         report = Report(
@@ -232,6 +239,7 @@ class _Run:
             self._tell("score")
 
     def _commit(self, threads: ThreadPoolExecutor, shard: Shard) -> None:
+        self._lease.check()
         names = self._ledger.names(shard.number)
         self._commits[threads.submit(commit_shard, self._store, self._plan, shard, names)] = shard
 

@@ -16,6 +16,7 @@ from pipeline.shards import Format, Shard
 from pipeline.storage import absolute, open_store
 
 MAX_TOP_K = 1000
+_LEASE = re.compile(r"([0-9]{8,})\.json")
 _STAGED = re.compile(r"([0-9]{8,})/([0-9]{6,})(-last)?\.arrow")
 
 
@@ -83,6 +84,7 @@ class JobPaths:
     PLAN = "_tandem/plan.jsonl"
     PROGRESS = "_tandem/progress.json"
     STAGE = "_tandem/stage/"
+    LEASE = "_tandem/lease/"
     SUCCESS = "_SUCCESS"
     ERRORS = "_errors/"
 
@@ -96,6 +98,17 @@ class JobPaths:
         """The reverse of `staged`: shard, chunk, and whether it is the last; None for a name of another kind."""
         match = _STAGED.fullmatch(name.removeprefix(cls.STAGE)) if name.startswith(cls.STAGE) else None
         return (int(match[1]), int(match[2]), match[3] is not None) if match else None
+
+    @classmethod
+    def lease(cls, number: int) -> str:
+        """The `number`-th lease of OUTPUT, from 1."""
+        return f"{cls.LEASE}{number:08d}.json"
+
+    @classmethod
+    def parse_lease(cls, name: str) -> int | None:
+        """The reverse of `lease`; None for a name of another kind."""
+        match = _LEASE.fullmatch(name.removeprefix(cls.LEASE)) if name.startswith(cls.LEASE) else None
+        return int(match[1]) if match else None
 
     @classmethod
     def errors(cls, shard: Shard) -> str:

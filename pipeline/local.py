@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,19 +57,22 @@ class LocalStore:
 
     def write(self, name: str, data: bytes) -> None:
         path = self._path(name)
-        with _translated(path):
-            handle, partial = _make_partial(path.parent)
+        with _translated(path), _written(path.parent, data) as partial:
+            os.replace(partial, path)
+
+    def create(self, name: str, data: bytes) -> bool:
+        path = self._path(name)
+        with _translated(path), _written(path.parent, data) as partial:
             try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.chmod(partial, 0o666 & ~_umask())
-                os.replace(partial, path)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    os.unlink(partial)
-                raise
+                os.link(partial, path)
+            except FileExistsError:
+                return False
+        return True
+
+    def age_s(self, name: str) -> float:
+        path = self._path(name)
+        with _translated(path):
+            return time.time() - path.stat().st_mtime
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
@@ -112,6 +116,22 @@ class _File(io.FileIO):
     def readall(self) -> bytes:
         with _translated(self.name):
             return super().readall()
+
+
+@contextmanager
+def _written(folder: Path, data: bytes) -> Iterator[str]:
+    """A file of the folder with the data on disk, under a name that is never listed; gone when the context ends."""
+    handle, partial = _make_partial(folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o666 & ~_umask())
+        yield partial
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(partial)
 
 
 def _make_partial(folder: Path) -> tuple[int, str]:

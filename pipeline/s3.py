@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from itertools import islice
 from typing import Any, BinaryIO
@@ -28,12 +29,13 @@ READ_TIMEOUT_S = 30
 DELETE_AT_ONCE = 1000  # the protocol's limit
 
 _NOT_FOUND = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
+_EXISTS = {"412", "PreconditionFailed"}
 _DENIED = {
     "401", "403", "AccessDenied", "AllAccessDisabled", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken",
     "SignatureDoesNotMatch",
 }  # fmt: skip
 _UNAVAILABLE = {
-    "429", "500", "502", "503", "504", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown",
+    "409", "429", "500", "502", "503", "504", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown",
     "Throttling", "ThrottlingException",
 }  # fmt: skip
 _NO_CREDENTIALS = (
@@ -80,10 +82,27 @@ class S3Store:
     def write(self, name: str, data: bytes) -> None:
         self._call("put_object", name, Body=data)
 
+    def create(self, name: str, data: bytes) -> bool:
+        return patiently(lambda: self._create(name, data))
+
+    def age_s(self, name: str) -> float:
+        head = self._call("head_object", name)
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return float((now - head["LastModified"]).total_seconds())
+
     def delete(self, names: Iterable[str]) -> None:
         remaining = iter(names)
         while keys := [{"Key": self._key(name)} for name in islice(remaining, DELETE_AT_ONCE)]:
             patiently(lambda keys=keys: self._delete(keys))  # type: ignore[misc]
+
+    def _create(self, name: str, data: bytes) -> bool:
+        try:
+            with _translated(self._url(name)):
+                _client().put_object(Bucket=self.bucket, Key=self._key(name), Body=data, IfNoneMatch="*")
+        except _Exists:
+            # it may be our own, of a try whose answer was lost
+            return self.read(name) == data
+        return True
 
     def _call(self, operation: str, name: str, **parameters: Any) -> Any:
         def call() -> Any:
@@ -175,7 +194,13 @@ def _of_client_error(url: str, error: boto.ClientError) -> StorageError:
     return _of_code(url, {code, status}, _first_line(error))
 
 
+class _Exists(StorageError):
+    """A conditional PUT found the object there."""
+
+
 def _of_code(url: str, codes: set[str], message: str) -> StorageError:
+    if codes & _EXISTS:
+        return _Exists(f"{url} exists")
     if "NoSuchBucket" in codes:
         return NotFound(f"{url}: there is no such bucket")
     if codes & _NOT_FOUND:

@@ -44,6 +44,12 @@ class Store(Protocol):
     def write(self, name: str, data: bytes) -> None:
         """Creates or replaces the object at once: a reader sees the old content or the new, never a part."""
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Creates the object; False, and nothing done, where it exists. Of several callers one has True."""
+
+    def age_s(self, name: str) -> float:
+        """Seconds since the object was written, by the store's own clock. Raises `NotFound`."""
+
     def delete(self, names: Iterable[str]) -> None:
         """Deletes the objects; one that does not exist is no error."""
 

@@ -59,7 +59,9 @@ def read_output(url: str) -> Output:
     shards = [json.loads(line)["output"] for line in store.read(JobPaths.PLAN).splitlines()]
     expected = {JobPaths.JOB, JobPaths.PLAN, JobPaths.PROGRESS, JobPaths.SUCCESS, *shards}
     errors = [name for name in names if name.startswith(JobPaths.ERRORS)]
-    assert set(names) == expected | set(errors)
+    leases = [name for name in names if JobPaths.parse_lease(name)]
+    assert len(leases) == 1
+    assert set(names) == expected | set(errors) | set(leases)
     return Output(*(_read([store.read(name) for name in some]) for some in (shards, errors)))
 
 

@@ -6,15 +6,18 @@ import json
 import os
 import pty
 import subprocess
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.models import shipped
 from tests.cluster import BIN, clean_environment
 
 TIMEOUT_S = 170
+MODEL = str(shipped("digits-vit"))
+TOP_K = 3
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,32 @@ def tandem(*arguments: str, environment: Mapping[str, str] | None = None, cwd: P
         timeout=TIMEOUT_S,
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def submit(address: str, source: str, target: str, *options: str) -> Done:
+    """`tandem submit --wait --json` to a cluster, with the way to the store, but not its keys, in its environment."""
+    return tandem("submit", *_submission(address, source, target), *options, environment=_way())
+
+
+@contextmanager
+def submitting(address: str, source: str, target: str) -> Iterator[subprocess.Popen[str]]:
+    """The same, running while the context lasts."""
+    with subprocess.Popen(
+        [str(BIN / "tandem"), "submit", *_submission(address, source, target)],
+        env=clean_environment(_way()),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _submission(address: str, source: str, target: str) -> tuple[str, ...]:
+    return (source, target, "--model", MODEL, "--top-k", str(TOP_K), "--wait", "--json", "--address", address)
+
+
+def _way() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name in ("AWS_ENDPOINT_URL", "AWS_REGION")}

@@ -12,8 +12,9 @@ import pytest
 
 from pipeline import s3
 from pipeline.storage import Store, open_store
-from tests.command import Done, tandem_in_terminal
-from tests.stores import Radosgw, environment, missing_programs, moto
+from tests.cluster import ray_head
+from tests.command import MODEL, Done, tandem, tandem_in_terminal
+from tests.stores import ACCESS_KEY, SECRET_KEY, Radosgw, environment, free_ports, missing_programs, moto
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +80,25 @@ class Demo:
 def demo(tmp_path_factory: pytest.TempPathFactory, state: dict[str, str]) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
     return Demo(tandem_in_terminal("demo", "--json", cwd=folder, environment=state), folder)
+
+
+@pytest.fixture(scope="session")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The job API of a cluster that has credentials of its own; where the store is, comes with each job."""
+    keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+    with ray_head(tmp_path_factory.mktemp("ray"), keys) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def endpoint(address: str) -> str:
+    """The URL of an endpoint that `tandem serve` deployed into the cluster."""
+    (port,) = free_ports(1)
+    done = tandem("serve", "--model", MODEL, "--port", str(port), "--address", address)
+    assert done.code == 0, done.err
+    url = f"http://127.0.0.1:{port}"
+    assert url in done.out
+    return url
 
 
 def lead_to_store(monkeypatch: pytest.MonkeyPatch, port: int) -> None:

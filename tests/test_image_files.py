@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 
@@ -15,15 +13,15 @@ from pipeline.errors import ShardError, Unavailable, UsageError
 from pipeline.inputs import Columns, Sample, images, open_reader
 from pipeline.local import LocalStore
 from pipeline.shards import Shard, find_shards
-from pipeline.storage import ObjectInfo, Store
+from pipeline.storage import Store
 
 
-class SlowStore:
+class SlowStore(LocalStore):
     """A folder whose objects take a random time to read."""
 
     def __init__(self, folder: Path) -> None:
-        self._store, self._chance = LocalStore(folder), random.Random(1)
-        self.url = self._store.url
+        super().__init__(folder)
+        self._chance = random.Random(1)
         self.at_once = self.most_at_once = 0
         self._lock = threading.Lock()
 
@@ -34,22 +32,7 @@ class SlowStore:
         time.sleep(self._chance.uniform(0, 0.01))
         with self._lock:
             self.at_once -= 1
-        return self._store.read(name)
-
-    def list(self, *, after: str = "") -> Iterator[ObjectInfo]:
-        return self._store.list(after=after)
-
-    def stat(self, name: str) -> ObjectInfo:
-        return self._store.stat(name)
-
-    def open(self, name: str) -> BinaryIO:
-        return self._store.open(name)
-
-    def write(self, name: str, data: bytes) -> None:
-        self._store.write(name, data)
-
-    def delete(self, names: Iterable[str]) -> None:
-        self._store.delete(names)
+        return super().read(name)
 
 
 @pytest.fixture

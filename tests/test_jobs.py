@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -22,38 +21,14 @@ import transformers
 from PIL import Image
 
 from jobs.corpus import digits, encode
-from jobs.models import shipped
 from jobs.spec import JobPaths
 from pipeline.shards import FORMATS, Format
 from pipeline.storage import Store, open_store
 from tests.check import Best, check_output, read_output
-from tests.cluster import clean_environment, ray_head
-from tests.command import Done, tandem
+from tests.cluster import clean_environment
+from tests.command import MODEL, TOP_K, submit
 from tests.corpora import parquet_of, tar_of, write_corpus
 from tests.images import bad_images, real_images
-from tests.stores import ACCESS_KEY, SECRET_KEY, free_ports
-
-MODEL = str(shipped("digits-vit"))
-TOP_K = 3
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The job API of a cluster that has credentials of its own; where the store is, comes with each job."""
-    keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
-    with ray_head(tmp_path_factory.mktemp("ray"), keys) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def endpoint(address: str) -> str:
-    """The URL of an endpoint that `tandem serve` deployed into the cluster."""
-    (port,) = free_ports(1)
-    done = tandem("serve", "--model", MODEL, "--port", str(port), "--address", address)
-    assert done.code == 0, done.err
-    url = f"http://127.0.0.1:{port}"
-    assert url in done.out
-    return url
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +51,6 @@ def expected(images: dict[str, bytes]) -> dict[str, Best]:
             best = classify(Image.open(BytesIO(images[name])), top_k=TOP_K)
             answers[name] = [one["label"] for one in best], [one["score"] for one in best]
     return answers
-
-
-def submit(address: str, source: str, target: str, *options: str) -> Done:
-    """`tandem submit --wait --json` with the way to the store, but not its keys, in its environment."""
-    arguments = (source, target, "--model", MODEL, "--top-k", str(TOP_K), "--wait", "--json", "--address", address)
-    way = {name: value for name, value in os.environ.items() if name in ("AWS_ENDPOINT_URL", "AWS_REGION")}
-    return tandem("submit", *arguments, *options, environment=way)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -612,3 +612,24 @@ def test_errors_of_the_file_system_keep_their_kind(code: int, kind: type[Storage
     with pytest.raises(kind, match="/a/b") as caught, local._translated("/a/b"):
         raise OSError(code, os.strerror(code))
     assert type(caught.value) is kind
+
+
+def test_an_object_is_created_once(store: Store) -> None:
+    assert store.create("a/b", b"first")
+    assert not store.create("a/b", b"second")
+    assert store.read("a/b") == b"first"
+
+
+def test_of_many_who_create_an_object_at_once_one_does(store: Store) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        created = list(threads.map(lambda number: store.create("x", f"{number}".encode()), range(8)))
+    assert sum(created) == 1
+    assert store.read("x") == f"{created.index(True)}".encode()
+
+
+def test_an_objects_age_is_told_from_its_writing(store: Store) -> None:
+    store.write("x", b"")
+    time.sleep(1.1)
+    assert 1 <= store.age_s("x") < 60
+    with pytest.raises(NotFound):
+        store.age_s("y")

@@ -1,0 +1,164 @@
+"""One driver for each OUTPUT, on every kind of store."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs import lease as module
+from jobs.lease import Lease
+from jobs.spec import JobPaths
+from pipeline.errors import JobError, OutputConflict
+from pipeline.local import LocalStore
+from pipeline.storage import Store
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in life, but a tenth; S3 tells ages in whole seconds."""
+    monkeypatch.setattr(module, "LEASE_S", 3.0)
+    monkeypatch.setattr(module, "RENEW_S", 0.8)
+    monkeypatch.setattr(module, "POLL_S", 0.1)
+
+
+def names(store: Store) -> list[str]:
+    return [info.name for info in store.list()]
+
+
+def abandon(store: Store, **differences: object) -> None:
+    """Leaves the lease of a driver that ended without giving it back."""
+    told = {"host": "elsewhere", "pid": 1, "place": "elsewhere", "held": True, **differences}
+    assert store.create(JobPaths.lease(1), json.dumps(told).encode())
+
+
+def test_of_many_drivers_at_once_one_has_the_output(store: Store) -> None:
+    seen, won, refused = names(store), list[Lease](), list[OutputConflict]()
+    start, end = threading.Barrier(6), threading.Event()
+
+    def drive() -> None:
+        start.wait()
+        try:
+            with Lease(store, seen) as lease:
+                won.append(lease)
+                end.wait(10)
+        except OutputConflict as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=drive) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    while len(won) + len(refused) < 6:
+        time.sleep(0.01)
+    end.set()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(refused)) == (1, 5)
+
+
+def test_a_driver_that_works_keeps_another_out_and_is_named(store: Store) -> None:
+    with Lease(store, names(store)) as first:
+        started = time.monotonic()
+        with pytest.raises(OutputConflict, match=r"another driver works on this OUTPUT \(process \d+ on "):
+            Lease(store, names(store)).__enter__()
+        assert time.monotonic() - started < module.LEASE_S
+        first.check()
+
+
+def test_it_is_kept_for_longer_than_a_lease_lasts_by_renewing_it(store: Store) -> None:
+    with Lease(store, names(store)) as lease:
+        time.sleep(module.LEASE_S * 1.5)
+        lease.check()
+        with pytest.raises(OutputConflict):
+            Lease(store, names(store)).__enter__()
+
+
+def test_a_lease_that_was_given_back_is_taken_at_once_and_leaves_one_object(store: Store) -> None:
+    for _ in range(3):
+        started = time.monotonic()
+        with Lease(store, names(store)) as lease:
+            assert not lease.waited
+            assert time.monotonic() - started < module.LEASE_S
+    assert names(store) == [JobPaths.lease(3)]
+
+
+def test_a_driver_that_died_elsewhere_is_waited_for(store: Store) -> None:
+    abandon(store)
+    with Lease(store, names(store)) as lease:
+        assert lease.waited
+        assert store.age_s(JobPaths.lease(2)) <= 2
+    assert names(store) == [JobPaths.lease(2)]
+
+
+def test_a_process_of_this_machine_that_ended_is_not_waited_for(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    abandon(store, pid=_ended_process(), place=module._place())
+    started = time.monotonic()
+    with Lease(store, names(store)) as lease:
+        assert lease.waited
+        assert time.monotonic() - started < module.LEASE_S / 2
+
+
+def test_the_same_process_id_on_another_machine_is_another_process(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    abandon(store, pid=_ended_process())
+    started = time.monotonic()
+    with Lease(store, names(store)):
+        assert time.monotonic() - started >= module.LEASE_S * 0.9
+
+
+def test_a_driver_that_came_between_is_not_overlooked(store: Store) -> None:
+    seen = names(store)
+    with Lease(store, seen):
+        pass
+    with pytest.raises(OutputConflict, match="just now"):
+        Lease(store, seen).__enter__()
+
+
+def test_a_driver_that_was_paused_stops_and_does_not_look_alive_again(tmp_path: Path) -> None:
+    store, clock = LocalStore(tmp_path), _Clock()
+    with Lease(store, [], clock=clock) as paused:
+        paused.check()
+        before = store.read(JobPaths.lease(1))
+        clock.now += module.LEASE_S + 1
+        with pytest.raises(JobError, match="could not renew its lease"):
+            paused.check()
+        time.sleep(module.RENEW_S * 2)
+        with pytest.raises(JobError):
+            paused.check()
+    assert store.read(JobPaths.lease(1)) == before
+
+
+def test_something_else_under_a_leases_name_is_refused(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.write(JobPaths.lease(1), b"not a lease")
+    with pytest.raises(OutputConflict, match="is not a lease"):
+        Lease(store, names(store)).__enter__()
+
+
+def test_the_numbers_in_names_are_read_back() -> None:
+    assert [JobPaths.parse_lease(JobPaths.lease(number)) for number in (1, 10**9)] == [1, 10**9]
+    assert JobPaths.parse_lease("_tandem/lease/x.json") is None
+    assert JobPaths.parse_lease("lease/00000001.json") is None
+
+
+class _Clock:
+    """Stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _ended_process() -> int:
+    import subprocess
+    import sys
+
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
