@@ -13,8 +13,8 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -67,23 +67,20 @@ class Cluster:
         )
         return job
 
-    def events(self, job: str) -> Iterator[dict[str, Any]]:
-        """What the job tells, until it ends. Raises `JobError` where it ends without a result."""
+    def events(self, job: str) -> Generator[dict[str, Any], None, None]:
+        """What the job tells, the last of it a `result` or an `error`. Raises `JobError` where it ends without."""
         last: list[str] = []
-        ended = False
-        for line in self._lines(job):
-            if line.startswith(EVENT):
-                event = json.loads(line.removeprefix(EVENT))
-                ended = ended or event["event"] in ("result", "error")
-                yield event
-            elif line.strip():
-                last = [*last[-4:], line.strip()]
-        if not ended:
-            info = self._client.get_job_info(job)
-            reason = last[-1] if last else info.message or "it left no log"
-            raise JobError(f"job {job} is {info.status.value.lower()}: {reason} (see `ray job logs {job}`)")
+        with closing(self._lines(job)) as lines:
+            for line in lines:
+                if line.startswith(EVENT):
+                    yield json.loads(line.removeprefix(EVENT))
+                elif line.strip():
+                    last = [*last[-4:], line.strip()]
+        info = self._client.get_job_info(job)
+        reason = last[-1] if last else info.message or "it left no log"
+        raise JobError(f"job {job} is {info.status.value.lower()}: {reason} (see `ray job logs {job}`)")
 
-    def _lines(self, job: str) -> Iterator[str]:
+    def _lines(self, job: str) -> Generator[str, None, None]:
         log = cast(AsyncGenerator[str, None], self._client.tail_job_logs(job))
         rest = ""
         with asyncio.Runner() as runner:
@@ -112,18 +109,18 @@ def serve_request(model: str, host: str, port: int, config: Config) -> dict[str,
     return {"do": "serve", "model": model, "host": host, "port": port, "config": dataclasses.asdict(config)}
 
 
-def follow(events: Iterator[dict[str, Any]], on_progress: Callable[[Progress], None]) -> dict[str, Any]:
+def follow(events: Generator[dict[str, Any], None, None], on_progress: Callable[[Progress], None]) -> dict[str, Any]:
     """The result that the events end with. Raises the error that they tell of."""
-    ending: dict[str, Any] = {}
-    for event in events:
-        if event["event"] == "progress":
-            on_progress(Progress(**event["progress"]))
-        else:
-            ending = event
-    if ending["event"] == "error":
-        raise getattr(errors, ending["kind"])(ending["message"])
-    result: dict[str, Any] = ending["result"]
-    return result
+    with closing(events):  # Ray takes seconds more to end the job's process and its log
+        for event in events:
+            if event["event"] == "progress":
+                on_progress(Progress(**event["progress"]))
+            elif event["event"] == "error":
+                raise getattr(errors, event["kind"])(event["message"])
+            else:
+                result: dict[str, Any] = event["result"]
+                return result
+    raise JobError("the job told nothing of its end")
 
 
 def main() -> int:
