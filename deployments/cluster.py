@@ -42,6 +42,9 @@ def quiet() -> None:
 @contextmanager
 def local_ray(*, dashboard: bool = False) -> Iterator[str]:
     """A Ray of this process's own, on loopback, for as long as the context lasts; yields its dashboard's URL, or ""."""
+    # Ray starts a worker at priority 0 and lowers it to 15 once it is up: on few cores each new worker of a job would
+    # stop the replicas for half a second. With all at 0 they share, and a job's workers give way by themselves.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray would write a token file into the user's home, and so change how every later Ray of this user starts.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token":

@@ -157,13 +157,16 @@ class _Shards(Datasource):
         ]
 
 
-def _give_way() -> None:
-    """Lets the endpoint and the replicas, which run beside these workers, have a core first."""
+def give_way() -> None:
+    """Lets the endpoint and the replicas, where they run beside this process, have a core first.
+
+    Ray starts workers at 15, so that a job's driver, at 0, would hold them up for as long as it computes.
+    """
     os.setpriority(os.PRIO_PROCESS, 0, LOWEST_PRIORITY)
 
 
 def _read(path: DataPath, shard: Shard, staged: frozenset[int]) -> Iterator[pa.Table]:
-    _give_way()
+    give_way()
     started = time.perf_counter()
     for chunk in _chunks(path, shard):
         if chunk.index not in staged:
@@ -197,7 +200,7 @@ def _check_carried(found: pa.Schema, planned: pa.Schema, shard_name: str) -> Non
 
 
 def _decode(transform: ImageTransform, table: pa.Table) -> pa.Table:
-    _give_way()
+    give_way()
     started = time.perf_counter()
     (row,) = table.drop_columns("images").to_pylist()
     encoded = table["images"].combine_chunks().flatten()
@@ -232,7 +235,7 @@ class _Caller:
     """Sends chunks to the pool and stages what comes back. Called from `CHUNKS_IN_FLIGHT` threads."""
 
     def __init__(self, path: DataPath) -> None:
-        _give_way()
+        give_way()
         self._path = path
         self._pool = pool_handle(path.model)
 

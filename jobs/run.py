@@ -21,7 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 from deployments.config import Config
 from deployments.pool import attach, bring_up, take_down
 from jobs.commit import commit_shard
-from jobs.datapath import DataPath
+from jobs.datapath import DataPath, give_way
 from jobs.lease import Lease
 from jobs.ledger import Ledger
 from jobs.plan import (
@@ -113,6 +113,7 @@ def run_job(job: Prepared, config: Config, on_progress: OnProgress = lambda prog
     """
     if job.report is not None:
         return job.report
+    give_way()
     started = time.monotonic()
     on_progress(Progress(phase="pool", shards=len(job.shards)))
     with Lease(job.store, job.names) as lease, _pool(job.spec.model, config) as info:
