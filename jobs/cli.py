@@ -87,14 +87,18 @@ def serve(model: str, host: str, port: int, config_file: str | None, address: st
 )  # fmt: skip
 @click.option("--image-column", metavar="NAME", help="The Parquet column of images, where several could be.")
 @click.option("--key-column", metavar="NAME", help="The Parquet column of keys, where it is not key or id.")
+@click.option(
+    "--max-error-share", metavar="SHARE", type=click.FloatRange(0, 1),
+    help="Stop the job when more than this share of its images fails, such as 0.01; any share may fail otherwise.",
+)  # fmt: skip
 @click.option("--wait", is_flag=True, help="Follow the job to its end. Without a cluster, it runs here.")
 @_config
 @_json
 @_address
 def submit(
     source: str, target: str, model: str, input_format: str, top_k: int, carry: tuple[str, ...],
-    image_column: str | None, key_column: str | None, wait: bool, config_file: str | None, as_json: bool,
-    address: str | None,
+    image_column: str | None, key_column: str | None, max_error_share: float | None, wait: bool,
+    config_file: str | None, as_json: bool, address: str | None,
 ) -> None:  # fmt: skip
     """Score all images under INPUT into Parquet under OUTPUT; both are s3:// or local.
 
@@ -112,7 +116,7 @@ def submit(
     with _screen(as_json) as screen:
         from jobs.submit import submit_job
 
-        submit_job(screen, spec, config, address=address, wait=wait)
+        submit_job(screen, spec, config, max_error_share=max_error_share, address=address, wait=wait)
 
 
 @cli.command()

@@ -23,7 +23,7 @@ from deployments.batch import score_chunk
 from deployments.pool import pool_handle
 from jobs.receipts import Receipt
 from jobs.spec import JobPaths
-from pipeline.chunks import Chunk, ChunkLimits, chunks, failed_shard, from_ipc, to_ipc
+from pipeline.chunks import ERROR, Chunk, ChunkLimits, chunks, failed_shard, from_ipc, to_ipc
 from pipeline.decode import decode_image
 from pipeline.dispatcher import Scores
 from pipeline.errors import ImageError, JobError, ShardError
@@ -260,6 +260,7 @@ class _Caller:
             score_s=score_s,
             stage_s=time.perf_counter() - started,
             replica=replica,
+            example=next((error for error in rows[ERROR].to_pylist() if error), ""),
         ).to_table()
 
     def _score(self, images_NHWC: np.ndarray) -> tuple[Scores, str, float]:

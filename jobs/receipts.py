@@ -9,10 +9,18 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.errors import JobError
+
+# A share is not judged by fewer: three bad images in the first chunk say little about a million.
+IMAGES_FOR_SHARE = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """One staged chunk: where it belongs, what it held (`bytes` of encoded images), seconds by stage, who scored it."""
+    """One staged chunk: where it belongs, what it held (`bytes` of encoded images), seconds by stage, who scored it.
+
+    `example` is the first of its errors in words, or empty.
+    """
 
     shard: int
     chunk: int
@@ -25,6 +33,7 @@ class Receipt:
     score_s: float
     stage_s: float
     replica: str
+    example: str
 
     def to_table(self) -> pa.Table:
         return pa.Table.from_pylist([self.__dict__])
@@ -38,6 +47,7 @@ class Tally:
     errors: int = 0
     bytes: int = 0
     chunks: int = 0
+    example: str = ""
     replicas: Counter[str] = field(default_factory=Counter)
     stage_seconds: Counter[str] = field(default_factory=Counter)
     started_s: float = field(default_factory=time.monotonic)
@@ -47,10 +57,19 @@ class Tally:
         self.errors += receipt.errors
         self.bytes += receipt.bytes
         self.chunks += 1
+        self.example = self.example or receipt.example
         if receipt.replica:
             self.replicas[receipt.replica] += receipt.rows - receipt.errors
         for stage in ("read", "decode", "score", "stage"):
             self.stage_seconds[stage] += getattr(receipt, f"{stage}_s")
+
+    def check_errors(self, max_share: float | None, *, at_least: int = IMAGES_FOR_SHARE) -> None:
+        """Raises `JobError` where more than `max_share` of the images (or of `at_least`, if they are fewer) failed."""
+        if max_share is not None and self.errors > max_share * max(self.images, at_least):
+            raise JobError(
+                f"{self.errors:,} of {self.images:,} images failed, more than --max-error-share {max_share:g} allows "
+                f"(the first: {self.example}); what is done stands, and the job goes on if it is submitted again"
+            )
 
     def elapsed_s(self) -> float:
         return time.monotonic() - self.started_s

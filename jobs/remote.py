@@ -99,9 +99,10 @@ async def _next(log: AsyncGenerator[str, None]) -> str:
     return await anext(log)
 
 
-def submit_request(spec: JobSpec, config: Config) -> dict[str, Any]:
+def submit_request(spec: JobSpec, config: Config, max_error_share: float | None) -> dict[str, Any]:
     """What to send for a batch job."""
-    return {"do": "submit", "spec": spec.to_json(), "config": dataclasses.asdict(config)}
+    settings = {"config": dataclasses.asdict(config), "max_error_share": max_error_share}
+    return {"do": "submit", "spec": spec.to_json(), **settings}
 
 
 def serve_request(model: str, host: str, port: int, config: Config) -> dict[str, Any]:
@@ -153,7 +154,13 @@ def _do(request: dict[str, Any]) -> dict[str, Any]:
     job = prepare(JobSpec.from_json(request["spec"]))
     join_ray()
     start_serve(http=True)
-    return run_job(job, config, lambda progress: _tell("progress", progress=progress.__dict__)).to_dict()
+    report = run_job(
+        job,
+        config,
+        lambda progress: _tell("progress", progress=progress.__dict__),
+        max_error_share=request["max_error_share"],
+    )
+    return report.to_dict()
 
 
 def _tell(event: str, **content: Any) -> None:

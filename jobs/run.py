@@ -106,8 +106,16 @@ def prepare(spec: JobSpec) -> Prepared:
     return Prepared(spec=spec, store=store, plan=plan, carried=carried, shards=shards, names=names)
 
 
-def run_job(job: Prepared, config: Config, on_progress: OnProgress = lambda progress: None) -> Report:
+def run_job(
+    job: Prepared,
+    config: Config,
+    on_progress: OnProgress = lambda progress: None,
+    *,
+    max_error_share: float | None = None,
+) -> Report:
     """Runs the job, or goes on with it, on the Ray and Serve that this process has joined.
+
+    `max_error_share` is the share of images, 0 to 1, that may fail; None for any.
 
     Raises `OutputConflict` where another model would score the rest, `ModelError`, `PoolError`, `JobError`.
     """
@@ -125,7 +133,7 @@ def run_job(job: Prepared, config: Config, on_progress: OnProgress = lambda prog
             write_plan(job.store, plan)
         check_same_model(plan, info, job.spec.output)
         run = _Run(plan, job.store, lease, Ledger(plan.shards, job.names), on_progress)
-        run.score(info, config)
+        run.score(info, config, max_error_share)
         return run.finish(time.monotonic() - started)
 
 
@@ -164,7 +172,7 @@ class _Run:
         self._commits: dict[Future[None], Shard] = {}
         self._told_s = 0.0
 
-    def score(self, info: ModelInfo, config: Config) -> None:
+    def score(self, info: ModelInfo, config: Config, max_error_share: float | None) -> None:
         """Scores and commits all shards that are not committed yet."""
         for shard in self._ledger.leftovers():
             self._store.delete(self._ledger.names(shard))
@@ -177,7 +185,9 @@ class _Run:
             if work:
                 for receipt in _receipts(self._path(info), work, 1 + (config.pool.replicas - 1) // REPLICAS_PER_CALLER):
                     self._take(receipt, threads)
+                    self._tally.check_errors(max_error_share)
             self._reap(wait=True)
+        self._tally.check_errors(max_error_share, at_least=0)
         if missing := len(self._plan.shards) - self._ledger.done:
             raise JobError(f"{missing} shards are not complete; submit the job again to go on with it")
 

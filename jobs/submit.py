@@ -11,18 +11,20 @@ from jobs.spec import JobSpec
 from pipeline.errors import UsageError
 
 
-def submit_job(screen: Screen, spec: JobSpec, config: Config, *, address: str | None, wait: bool) -> None:
+def submit_job(
+    screen: Screen, spec: JobSpec, config: Config, *, max_error_share: float | None, address: str | None, wait: bool
+) -> None:
     """Runs or sends the job, and tells what became of it. Raises `TandemError`."""
     address = address or find_local()
     if address is None and not wait:
         raise UsageError("no cluster: give --address http://HEAD:8265, or --wait to run the job on this machine")
     if address is None:
-        _show(screen, _run_here(screen, spec, config))
+        _show(screen, _run_here(screen, spec, config, max_error_share))
         return
     from jobs.remote import Cluster, follow, submit_request
 
     cluster = Cluster(address)
-    job = cluster.start(submit_request(spec, config))
+    job = cluster.start(submit_request(spec, config, max_error_share))
     if not wait:
         screen.result({"job": job, "address": address, "output": spec.output})
         screen.say(f"job {job} runs at {address}; follow it with: ray job logs --address {address} --follow {job}")
@@ -32,7 +34,7 @@ def submit_job(screen: Screen, spec: JobSpec, config: Config, *, address: str | 
     _show(screen, {"job": job, **report})
 
 
-def _run_here(screen: Screen, spec: JobSpec, config: Config) -> dict[str, Any]:
+def _run_here(screen: Screen, spec: JobSpec, config: Config, max_error_share: float | None) -> dict[str, Any]:
     from jobs.run import prepare, run_job
 
     job = prepare(spec)  # a wrong bucket is told at once, not after Ray has started
@@ -40,7 +42,7 @@ def _run_here(screen: Screen, spec: JobSpec, config: Config) -> dict[str, Any]:
         return job.report.to_dict()
     with screen.progress("starting Ray") as bar, local_ray():
         start_serve(http=False)
-        return run_job(job, config, bar.show).to_dict()
+        return run_job(job, config, bar.show, max_error_share=max_error_share).to_dict()
 
 
 def _show(screen: Screen, report: dict[str, Any]) -> None:

@@ -143,6 +143,22 @@ def test_an_output_that_is_not_this_jobs_is_refused_with_the_difference(
     assert "lie within each other" in foreign.err
 
 
+def test_a_job_with_too_many_bad_images_stops_and_goes_on_when_more_are_allowed(
+    address: str, endpoint: str, images: dict[str, bytes], tmp_path: Path
+) -> None:
+    source, target = open_store(str(tmp_path / "in")), str(tmp_path / "out")
+    keys = write_corpus(source, "tar", images)
+    bad = sum(name.startswith("bad") for name in images)
+
+    stopped = submit(address, source.url, target, "--max-error-share", "0.01")
+    allowed = submit(address, source.url, target, "--max-error-share", "0.5")
+
+    assert stopped.code == 1
+    assert f"{bad} of {len(images)} images failed, more than --max-error-share 0.01 allows (the first: " in stopped.err
+    assert allowed.code == 0, allowed.err
+    check_output(target, keys.values())
+
+
 def test_the_output_is_read_by_the_tools_that_people_have(
     address: str, endpoint: str, images: dict[str, bytes], tmp_path: Path
 ) -> None:
