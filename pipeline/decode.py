@@ -108,6 +108,13 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name in _ALLOWED_FORMATS)
 
 
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes (`.jpg`) that files of the allowed formats have, in lower case."""
+    known = Image.registered_extensions()
+    return frozenset(suffix for suffix, name in known.items() if name in _formats())
+
+
 def _open(data: bytes) -> Image.Image:
     """The image with its header read and nothing decoded."""
     if not data:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from pipeline.decode import image_suffixes
 from pipeline.errors import NotFound, UsageError
 from pipeline.storage import ObjectInfo
 
@@ -20,36 +21,6 @@ Format = Literal["tar", "parquet", "images"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 IMAGES_PER_SHARD = 1000  # of a slice of a listing: one output file for so many images
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".apng",
-        ".avif",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".ico",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".jpx",
-        ".pbm",
-        ".pcx",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".qoi",
-        ".ras",
-        ".sgi",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)
 _SUFFIXES: dict[Format, tuple[str, ...]] = {"tar": (".tar", ".tar.gz", ".tgz"), "parquet": (".parquet", ".pq")}
 
 
@@ -101,7 +72,7 @@ def hidden(name: str) -> bool:
 
 def is_image(name: str) -> bool:
     """Whether the name's suffix is one of an image format that Tandem opens."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def slice_of(objects: Iterable[ObjectInfo], last: str) -> Iterator[ObjectInfo]:

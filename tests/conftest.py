@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from pipeline import s3
 from pipeline.storage import Store, open_store
 from tests.cluster import ray_head
 from tests.command import MODEL, Done, tandem, tandem_in_terminal
 from tests.stores import ACCESS_KEY, SECRET_KEY, Radosgw, environment, free_ports, missing_programs, moto
+
+# The same examples on every run, and none that fails because the machine is busy.
+settings.register_profile("tandem", deadline=None, derandomize=True)
+settings.load_profile("tandem")
 
 
 @pytest.fixture(scope="session")

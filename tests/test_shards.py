@@ -155,3 +155,13 @@ def test_a_slices_tag_changes_with_any_of_its_files(seed: int, change: str) -> N
             listing[index] = dataclasses.replace(info, **{change: getattr(info, change).upper()})
     (after,) = find_shards(listing, where="INPUT")
     assert before.etag != after.etag
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "b/C.JPEG", "d.e.webp", "f.tif", "g.psd", "h.jp2", "i.avif"])
+def test_files_of_every_format_that_is_opened_are_images(name: str) -> None:
+    assert is_image(name)
+
+
+@pytest.mark.parametrize("name", ["a", "a.txt", "b.jpg/c", "d.eps", "e.pdf", "f.mpg", "g.wmf", "h.json"])
+def test_files_of_other_formats_are_not(name: str) -> None:
+    assert not is_image(name)
