@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ray.serve import RunTarget
 from ray.serve.exceptions import RayServeException
 
 from deployments.config import Config, EndpointConfig
-from deployments.pool import Answer, deploy, pool_handle, wait_running, wait_warm
+from deployments.pool import CONNECT_TIMEOUT_S, Answer, deploy, pool_handle, wait_running, wait_warm
 from deployments.web import build_app
 from pipeline.decode import decode_image
 from pipeline.errors import Busy, ModelError, PoolFailed, TandemError
@@ -37,12 +38,19 @@ class Endpoint:
     ) -> None:
         self._config = config
         self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="tandem-decode")
-        self._pool = pool_handle(model)
-        self._info = await asyncio.wait_for(self.describe(), startup_timeout_s)
+        async with asyncio.timeout(startup_timeout_s):
+            self._info = await self._connect(model)
         await self.score(_blank_image(), 1)  # so that no user's request is the first to take this way
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self, self._config)
+
+    async def _connect(self, model: str) -> ModelInfo:
+        """What the pool holds, once it is up. Asked for by one handle after another: see `deployments.pool.connect`."""
+        while True:
+            self._pool = pool_handle(model)
+            with suppress(TimeoutError, PoolFailed):
+                return await asyncio.wait_for(self.describe(), CONNECT_TIMEOUT_S)
 
     async def describe(self) -> ModelInfo:
         """The model that the pool holds."""

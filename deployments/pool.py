@@ -11,13 +11,16 @@ import hashlib
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import RunTarget
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview
 
@@ -32,7 +35,7 @@ MAX_STEP = {"cuda": 128, "cpu": 32}
 # Serve counts both lanes' calls together and makes callers of a full replica wait with back-off, so this must never
 # be what is full: the lanes have bounds of their own.
 MAX_ONGOING_REQUESTS = 10_000
-DESCRIBE_TIMEOUT_S = 30
+CONNECT_ATTEMPTS, CONNECT_TIMEOUT_S = 6, 10
 POLL_S = 0.1
 
 
@@ -147,12 +150,25 @@ def deploy(model: str, config: PoolConfig) -> None:
 def wait_warm(model: str, timeout_s: float) -> ModelInfo:
     """Waits until the pool of `model` answers. A pool that could not load the model is taken down again."""
     wait_running(app_name(model), timeout_s)
-    info = pool_handle(model).describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_S)
+    _, info = connect(model)
     if isinstance(info, ModelError):
         take_down(model)
         raise info
-    assert isinstance(info, ModelInfo)
     return info
+
+
+def connect(model: str) -> tuple[DeploymentHandle[Any], ModelInfo | ModelError]:
+    """A handle to the running pool of `model` that has been answered, and the answer. Raises `PoolFailed`.
+
+    A new handle has been seen to find no replica for as long as it was asked, beside others that did; so an answer that
+    does not come is waited for with another handle.
+    """
+    for _ in range(CONNECT_ATTEMPTS):
+        handle = pool_handle(model)
+        with suppress(TimeoutError, RayError, RayServeException):
+            info: ModelInfo | ModelError = handle.describe.remote().result(timeout_s=CONNECT_TIMEOUT_S)
+            return handle, info
+    raise PoolFailed(f"the pool of {model} runs, but did not answer {CONNECT_ATTEMPTS} times in {CONNECT_TIMEOUT_S} s")
 
 
 def take_down(model: str) -> None:

@@ -20,7 +20,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from deployments.batch import score_chunk
-from deployments.pool import pool_handle
+from deployments.pool import connect
 from jobs.receipts import Receipt
 from jobs.spec import JobPaths
 from pipeline.chunks import ERROR, Chunk, ChunkLimits, chunks, failed_shard, from_ipc, to_ipc
@@ -237,7 +237,7 @@ class _Caller:
     def __init__(self, path: DataPath) -> None:
         give_way()
         self._path = path
-        self._pool = pool_handle(path.model)
+        self._pool, _ = connect(path.model)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (row,) = table.drop_columns("pixels").to_pylist()

@@ -31,7 +31,7 @@ class LocalStore:
     def list(self, *, after: str = "") -> Iterator[ObjectInfo]:
         with _translated(self.url):
             # like a prefix, a folder need not exist to be empty
-            names = sorted(self._walk(self.root, ""), key=os.fsencode) if self.root.exists() else []
+            names = sorted(self._walk(self.root, ""), key=os.fsencode)
         for name in names:
             if os.fsencode(name) > os.fsencode(after):
                 with suppress(NotFound):  # deleted since
@@ -88,7 +88,11 @@ class LocalStore:
         return path
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[str]:
-        with os.scandir(folder) as entries:
+        try:
+            entries = os.scandir(folder)
+        except FileNotFoundError:  # dropped since its name was read, as a stage is when its shard is committed
+            return
+        with entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     yield from self._walk(folder / entry.name, f"{prefix}{entry.name}/")

@@ -633,3 +633,22 @@ def test_an_objects_age_is_told_from_its_writing(store: Store) -> None:
     assert 1 <= store.age_s("x") < 60
     with pytest.raises(NotFound):
         store.age_s("y")
+
+
+def test_folders_that_are_dropped_during_a_listing_do_not_end_it(tmp_path: Path) -> None:
+    store, stop = LocalStore(tmp_path), threading.Event()
+    store.write("stays", b"")
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            store.write("a/b/c", b"")
+            store.delete(["a/b/c"])
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        listings = [[info.name for info in store.list()] for _ in range(300)]
+    finally:
+        stop.set()
+        thread.join()
+    assert all("stays" in names for names in listings)
