@@ -62,8 +62,8 @@ def committing(store: Store, names: list[str]) -> bool:
 
 
 def nearly_done(store: Store, names: list[str]) -> bool:
-    plan = store.read(JobPaths.PLAN).count(b"\n") if JobPaths.JOB in names else 10**6
-    return sum(name.endswith(".parquet") for name in names) >= plan - 1
+    shards = store.read(JobPaths.PLAN).count(b"\n") if JobPaths.JOB in names else 10**6
+    return sum(name.endswith(".parquet") for name in names) >= shards * 3 / 4
 
 
 MOMENTS = [planning, staging, committing, nearly_done]
