@@ -87,7 +87,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory, state: dict[str, str]) -> Dem
     return Demo(tandem_in_terminal("demo", "--json", cwd=folder, environment=state), folder)
 
 
-@pytest.fixture(scope="session")
+# For a module, not the session: the tests that start a Ray of their own on this machine must not find another beside it.
+@pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The job API of a cluster that has credentials of its own; where the store is, comes with each job."""
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
@@ -95,7 +96,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def endpoint(address: str) -> str:
     """The URL of an endpoint that `tandem serve` deployed into the cluster."""
     (port,) = free_ports(1)
