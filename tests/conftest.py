@@ -87,7 +87,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, state: dict[str, str]) -> Dem
     return Demo(tandem_in_terminal("demo", "--json", cwd=folder, environment=state), folder)
 
 
-# For a module, not the session: the tests that start a Ray of their own on this machine must not find another beside it.
+# For a module, not the session: what starts a Ray of its own on this machine must not find another beside it.
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The job API of a cluster that has credentials of its own; where the store is, comes with each job."""
