@@ -84,7 +84,12 @@ def announce(address: str) -> Iterator[None]:
     path = _state_file()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.unlink(missing_ok=True)
-    state = {"pid": os.getpid(), "address": address, "token": os.environ.get("RAY_AUTH_TOKEN")}
+    import ray
+
+    # Ray's job API starts a driver in whichever cluster was started last on the machine, so the driver is told its own.
+    gcs_address = ray.get_runtime_context().gcs_address
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    state = {"pid": os.getpid(), "address": address, "gcs_address": gcs_address, "token": token}
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump(state, file)
     try:
@@ -93,19 +98,20 @@ def announce(address: str) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def find_local() -> str | None:
-    """The job API of the cluster that a `tandem serve` of this user keeps on this machine, or None.
+def find_local() -> tuple[str, str] | None:
+    """The job API and the GCS address of the cluster that a `tandem serve` of this user keeps here, or None.
 
     Takes its token into the environment, which is where Ray looks for it.
     """
     try:
         state = json.loads(_state_file().read_text())
         os.kill(state["pid"], 0)
+        found = str(state["address"]), str(state["gcs_address"])
     except (OSError, ValueError, KeyError):
         return None
     if state["token"]:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": state["token"]}
-    return str(state["address"])
+    return found
 
 
 def _state_file() -> Path:
@@ -113,12 +119,12 @@ def _state_file() -> Path:
     return Path(home) / "tandem" / "cluster.json"
 
 
-def join_ray() -> None:
-    """Joins the cluster that this process was started in."""
+def join_ray(gcs_address: str | None) -> None:
+    """Joins the cluster at `gcs_address`; None means the one that this process was started in."""
     quiet()
     import ray
 
-    ray.init(log_to_driver=False, logging_level=logging.CRITICAL)
+    ray.init(gcs_address, log_to_driver=False, logging_level=logging.CRITICAL)
     _stop_on_sigterm()
 
 

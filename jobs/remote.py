@@ -145,14 +145,14 @@ def _do(request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "serve":
         from deployments.endpoint import serve_model
 
-        join_ray()
+        join_ray(request.get("gcs_address"))
         url = serve_at(request["host"], request["port"])
         info = serve_model(request["model"], config)
         return {"url": url, "model": info.model, "revision": info.revision}
     from jobs.run import prepare, run_job
 
     job = prepare(JobSpec.from_json(request["spec"]))
-    join_ray()
+    join_ray(request.get("gcs_address"))
     start_serve(http=True)
     report = run_job(
         job,

@@ -15,7 +15,9 @@ def submit_job(
     screen: Screen, spec: JobSpec, config: Config, *, max_error_share: float | None, address: str | None, wait: bool
 ) -> None:
     """Runs or sends the job, and tells what became of it. Raises `TandemError`."""
-    address = address or find_local()
+    gcs_address = None
+    if address is None and (local := find_local()):
+        address, gcs_address = local
     if address is None and not wait:
         raise UsageError("no cluster: give --address http://HEAD:8265, or --wait to run the job on this machine")
     if address is None:
@@ -24,7 +26,7 @@ def submit_job(
     from jobs.remote import Cluster, follow, submit_request
 
     cluster = Cluster(address)
-    job = cluster.start(submit_request(spec, config, max_error_share))
+    job = cluster.start({**submit_request(spec, config, max_error_share), "gcs_address": gcs_address})
     if not wait:
         screen.result({"job": job, "address": address, "output": spec.output})
         screen.say(f"job {job} runs at {address}; follow it with: ray job logs --address {address} --follow {job}")
