@@ -70,10 +70,10 @@ def find_carried(spec: JobSpec, shards: list[Shard]) -> pa.Schema:
 
     Raises `UsageError` where the first shards do not have what is asked for, or where they leave a choice open.
     """
-    problems = []
+    store, problems = input_store(spec), []
     for shard in shards[:SHARDS_TRIED]:
         try:
-            with closing(open_reader(input_store(spec), shard, spec.columns)) as reader:
+            with closing(open_reader(store, shard, spec.columns)) as reader:
                 return reader.carried
         except ShardError as error:
             problems.append(str(error))

@@ -19,7 +19,7 @@ def serve_here(screen: Screen, model: str, host: str, port: int, config: Config)
 
         url = serve_at(host, port)
         info = serve_model(model, config)
-        for number in (signal.SIGINT, signal.SIGTERM):  # only now: Ray puts handlers of its own in place as it starts
+        for number in (signal.SIGINT, signal.SIGTERM):  # only now: `local_ray` sets its own as it starts
             signal.signal(number, lambda *_: stop.set())
         with announce(dashboard):
             screen.say(f"{info.model} ({info.revision}) answers at {url}")
