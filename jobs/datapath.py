@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +22,15 @@ from ray.data.datasource import Datasource, ReadTask
 
 from deployments.batch import score_chunk
 from deployments.pool import connect
+from jobs.lease import Fence
 from jobs.receipts import Receipt
 from jobs.spec import JobPaths
-from pipeline.chunks import ERROR, Chunk, ChunkLimits, chunks, failed_shard, from_ipc, to_ipc
-from pipeline.decode import decode_image
+from pipeline.chunks import ENDS_SHARD, ERROR, Chunk, ChunkLimits, chunks, failed_shard, from_ipc, to_ipc
+from pipeline.decode import decode_each
 from pipeline.dispatcher import Scores
 from pipeline.errors import ImageError, JobError, ShardError
 from pipeline.inputs import Columns, open_reader
+from pipeline.isolation import IsolatedReader, decode_isolated
 from pipeline.output import scored, with_errors
 from pipeline.shards import Shard
 from pipeline.storage import Store
@@ -36,6 +39,7 @@ from pipeline.transform import ImageTransform
 READ_CPUS, SCORE_CPUS = 0.25, 0.1
 LOWEST_PRIORITY = 19
 CHUNKS_IN_FLIGHT = 4  # of one caller: enough to hide a call's latency, few enough for the replica's lane
+CRASHES_TAKEN = 3  # of a task's worker, before its images are what is suspected
 
 _READ = pa.schema(
     [
@@ -62,6 +66,7 @@ class DataPath:
     columns: Columns
     carried: pa.Schema
     limits: ChunkLimits
+    fence: Fence
     model: str
     transform: ImageTransform
     labels: tuple[str, ...]
@@ -182,11 +187,21 @@ def _read(path: DataPath, shard: Shard, staged: frozenset[int]) -> Iterator[pa.T
         started = time.perf_counter()
 
 
+def _suspect() -> bool:
+    """Whether this task's worker ended so often that the next try must expect it, and be `pipeline.isolation`'s.
+
+    Ray starts a task again as often as its worker dies, and tells which try it is in no public way.
+    """
+    worker: Any = ray._private.worker.global_worker
+    attempt: int = worker.core_worker.get_current_task_attempt_number()
+    return attempt >= CRASHES_TAKEN
+
+
 def _chunks(path: DataPath, shard: Shard) -> Iterator[Chunk]:
     try:
-        reader = open_reader(path.source, shard, path.columns)
+        reader = (IsolatedReader if _suspect() else open_reader)(path.source, shard, path.columns)
         _check_carried(reader.carried, path.carried, shard.name)
-    except ShardError as error:
+    except ENDS_SHARD as error:
         yield failed_shard(shard.name, error, path.carried)
     else:
         yield from chunks(reader, shard.name, path.limits)
@@ -204,7 +219,9 @@ def _decode(transform: ImageTransform, table: pa.Table) -> pa.Table:
     started = time.perf_counter()
     (row,) = table.drop_columns("images").to_pylist()
     encoded = table["images"].combine_chunks().flatten()
-    pixels_NHWC, errors = _pixels(encoded, transform)
+    images = (image.as_py() for image in encoded)
+    decoded = decode_isolated(list(images), transform) if _suspect() else decode_each(images, transform)
+    pixels_NHWC, errors = _pixels(decoded, len(encoded), transform)
     if len(pixels_NHWC) < len(encoded):
         row["rows"] = to_ipc(with_errors(from_ipc(row["rows"]), "decode", errors))
     row |= {
@@ -215,17 +232,18 @@ def _decode(transform: ImageTransform, table: pa.Table) -> pa.Table:
     return pa.Table.from_pylist([row], schema=_DECODED)
 
 
-def _pixels(encoded: pa.Array, transform: ImageTransform) -> tuple[np.ndarray, list[str | None]]:
-    """uint8 [N, H, W, 3] of the images that decode, and for every image its error or None."""
-    pixels_NHWC = np.empty((len(encoded), transform.height, transform.width, 3), np.uint8)
+def _pixels(
+    decoded: Iterable[np.ndarray | ImageError], count: int, transform: ImageTransform
+) -> tuple[np.ndarray, list[str | None]]:
+    """uint8 [N, H, W, 3] of those of `count` images that decode, and for every image its error or None."""
+    pixels_NHWC = np.empty((count, transform.height, transform.width, 3), np.uint8)
     errors: list[str | None] = []
     good = 0
-    for image in encoded:
-        try:
-            pixels_NHWC[good] = decode_image(image.as_py(), transform)
-        except ImageError as error:
-            errors.append(str(error))
+    for result in decoded:
+        if isinstance(result, ImageError):
+            errors.append(str(result))
         else:
+            pixels_NHWC[good] = result
             errors.append(None)
             good += 1
     return pixels_NHWC[:good], errors
@@ -247,6 +265,7 @@ class _Caller:
         started = time.perf_counter()
         rows = scored(from_ipc(row["rows"]), self._path.labels, scores.top_NK, scores.scores_NK)
         name = JobPaths.staged(row["shard"], row["chunk"], last=row["last"])
+        self._path.fence.check()
         self._path.target.write(name, to_ipc(rows))
         return Receipt(
             shard=row["shard"],

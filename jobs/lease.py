@@ -3,7 +3,8 @@
 A lease is an object under a number, `_tandem/lease/00000003.json`. To take it is to create the next number, which a
 store lets only one driver do (`If-None-Match: *`; a hard link in a folder). Who holds the highest number holds OUTPUT,
 and renews the object while it works. A driver that dies leaves an object that grows old, and the next driver creates
-the number after it; one that was paused finds that its own grew old, and stops before it writes any more.
+the number after it. One that was paused, or cut off from the store, finds that its own grew old: it must create the
+next number too, and stops where another driver was there first.
 
 Ages are told by the store's clock alone, so the drivers' clocks need not agree.
 """
@@ -29,6 +30,12 @@ from pipeline.storage import Store
 LEASE_S = 30.0  # a lease that is older is nobody's
 RENEW_S = 8.0  # three renewals may fail
 POLL_S = 1.0
+FENCE_S = 5.0
+
+
+def _uptime_s() -> float:
+    # goes on while the machine sleeps, unlike time.monotonic
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Lease:
@@ -37,13 +44,15 @@ class Lease:
     `names` are those that the caller's view of OUTPUT rests on: where another driver came in between, it is refused.
     """
 
-    def __init__(self, store: Store, names: Iterable[str], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, store: Store, names: Iterable[str], *, clock: Callable[[], float] = _uptime_s) -> None:
         self._store, self._clock = store, clock
         self._seen = max((number for name in names if (number := JobPaths.parse_lease(name))), default=0)
-        self._name = JobPaths.lease(self._seen + 1)
-        self._owner = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "place": _place()}
+        self._number = self._seen + 1
+        self.owner = uuid.uuid4().hex
+        self._owner = {"owner": self.owner, "host": socket.gethostname(), "pid": os.getpid(), "place": _place()}
         self.waited = False  # for another driver's lease to end: what the caller has seen of OUTPUT may be old
         self._renewed_s = 0.0
+        self._renewing = threading.Lock()
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="tandem-lease", daemon=True)
 
@@ -51,12 +60,8 @@ class Lease:
         """Takes the lease, after waiting for one that is not renewed to end. Raises `OutputConflict`."""
         if self._seen:
             self._wait_for(JobPaths.lease(self._seen))
-        started_s = self._clock()
-        if not self._store.create(self._name, self._content(held=True)):
+        if not self._take(self._number):
             raise OutputConflict(f"{self._store.url}: another driver took this OUTPUT just now")
-        self._renewed_s = started_s
-        if self._seen:
-            self._store.delete([JobPaths.lease(self._seen)])
         self._thread.start()
         return self
 
@@ -65,53 +70,104 @@ class Lease:
     ) -> None:
         self._released.set()
         self._thread.join()
-        if self._clock() - self._renewed_s < LEASE_S:
+        if not self._lapsed():
             with suppress(StorageError):  # then it ends by growing old
-                self._store.write(self._name, self._content(held=False))
+                self._store.write(JobPaths.lease(self._number), self._content(held=False))
 
     def check(self) -> None:
-        """Raises `JobError` where OUTPUT may be another driver's by now; to be called before each commit."""
-        if (age_s := self._clock() - self._renewed_s) > LEASE_S:
-            raise JobError(
-                f"{self._store.url}: this driver could not renew its lease for {age_s:.0f} s, and another one may work "
-                "here now; submit the job again to go on with it"
-            )
+        """Raises `JobError` where OUTPUT is another driver's by now; to be called before each commit."""
+        if self._lapsed():
+            self._renew()
+
+    def _lapsed(self) -> bool:
+        return self._clock() - self._renewed_s > LEASE_S
+
+    def _renew(self) -> None:
+        """Renews the lease or, where it lapsed and may be another driver's, takes the next. Raises `JobError`."""
+        with self._renewing:
+            if not self._lapsed():
+                started_s = self._clock()
+                self._store.write(JobPaths.lease(self._number), self._content(held=True))
+                self._renewed_s = started_s
+            elif self._take(self._number + 1):
+                self._number += 1
+            else:
+                raise JobError(
+                    f"{self._store.url}: this driver could not renew its lease for more than {LEASE_S:.0f} s, and "
+                    "another driver works on this OUTPUT now"
+                )
+
+    def _take(self, number: int) -> bool:
+        """Creates the lease and drops the one before it; False where another driver has it."""
+        started_s = self._clock()
+        if not self._store.create(JobPaths.lease(number), self._content(held=True)):
+            return False
+        self._renewed_s = started_s
+        if number > 1:
+            self._store.delete([JobPaths.lease(number - 1)])
+        return True
 
     def _wait_for(self, name: str) -> None:
         """Waits until nobody holds the lease `name`. Raises `OutputConflict` where it is renewed meanwhile."""
         try:
-            holder, etag = self._read(name), self._store.stat(name).etag
+            holder, etag = _read(self._store, name), self._store.stat(name).etag
             self.waited = holder["held"]
             while holder["held"] and not _gone(holder) and self._store.age_s(name) <= LEASE_S:
                 time.sleep(POLL_S)
-                if self._store.stat(name).etag != etag and self._read(name)["held"]:
+                if self._store.stat(name).etag != etag and _read(self._store, name)["held"]:
                     told = f"process {holder['pid']} on {holder['host']}"
                     raise OutputConflict(f"{self._store.url}: another driver works on this OUTPUT ({told})")
         except NotFound as error:
             raise OutputConflict(f"{self._store.url}: another driver took this OUTPUT just now") from error
 
-    def _read(self, name: str) -> dict[str, Any]:
-        try:
-            content: dict[str, Any] = json.loads(self._store.read(name))
-            kinds = {"host": str, "pid": int, "place": str, "held": bool}
-            return {name: kind(content[name]) for name, kind in kinds.items()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise OutputConflict(f"{self._store.url}/{name} is not a lease; submit to a new OUTPUT") from error
-
     def _keep(self) -> None:
         while not self._released.wait(RENEW_S):
-            started_s = self._clock()
-            if started_s - self._renewed_s > LEASE_S:
-                return  # too late: it may be taken, and must not look held again
             try:
-                self._store.write(self._name, self._content(held=True))
+                self._renew()
             except StorageError:
-                continue  # `check` tells, if it goes on
-            self._renewed_s = started_s
+                continue  # the store may come back; until then `check` tells
+            except JobError:
+                return  # it stays lapsed, and `check` tells
 
     def _content(self, *, held: bool) -> bytes:
         # the time makes each renewal's content, and so its tag, another
         return json.dumps({**self._owner, "held": held, "written_at": time.time()}).encode()
+
+
+class Fence:
+    """Keeps a driver's workers off OUTPUT once another driver has it. Travels to them, so it holds no connection."""
+
+    def __init__(self, store: Store, owner: str) -> None:
+        self._store, self._owner = store, owner
+        self._checked_s = -FENCE_S
+
+    def check(self) -> None:
+        """Raises `JobError` where another driver took OUTPUT more than `FENCE_S` ago. Asks the store that seldom."""
+        if _uptime_s() - self._checked_s <= FENCE_S:
+            return
+        started_s = _uptime_s()
+        newest = self._newest_owner()
+        if newest not in (self._owner, None):
+            raise JobError(f"{self._store.url}: another driver works on this OUTPUT now")
+        if newest:
+            self._checked_s = started_s
+
+    def _newest_owner(self) -> str | None:
+        """Whose the newest lease is, or None where it gave way to a newer one just now."""
+        names = [info.name for info in self._store.list(JobPaths.LEASE) if JobPaths.parse_lease(info.name)]
+        try:
+            return str(_read(self._store, max(names))["owner"]) if names else None
+        except NotFound:
+            return None
+
+
+def _read(store: Store, name: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(store.read(name))
+        kinds = {"owner": str, "host": str, "pid": int, "place": str, "held": bool}
+        return {name: kind(content[name]) for name, kind in kinds.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputConflict(f"{store.url}/{name} is not a lease; submit to a new OUTPUT") from error
 
 
 def _gone(holder: dict[str, Any]) -> bool:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import takewhile
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ from deployments.config import Config
 from deployments.pool import attach, bring_up, take_down
 from jobs.commit import commit_shard
 from jobs.datapath import DataPath, give_way
-from jobs.lease import Lease
+from jobs.lease import Fence, Lease
 from jobs.ledger import Ledger
 from jobs.plan import (
     Plan,
@@ -38,7 +38,7 @@ from jobs.plan import (
 )
 from jobs.receipts import Progress, Receipt, Tally
 from jobs.spec import JobPaths, JobSpec
-from pipeline.errors import JobError, OutputConflict, TandemError
+from pipeline.errors import JobError, OutputConflict, StorageError, TandemError
 from pipeline.model_info import ModelInfo
 from pipeline.shards import Shard
 from pipeline.storage import Store, open_store
@@ -87,7 +87,8 @@ class Prepared:
 def prepare(spec: JobSpec) -> Prepared:
     """Looks at INPUT and OUTPUT, without Ray: what cannot work is found here, in the time of two listings.
 
-    Raises `StorageError`, `UsageError`, and `OutputConflict` for an OUTPUT that is another job's or nobody's.
+    Raises `StorageError` (`Denied` where OUTPUT cannot be written), `UsageError`, and `OutputConflict` for an OUTPUT
+    that is another job's or nobody's.
     """
     store = open_store(spec.output)
     plan = read_plan(store)
@@ -103,6 +104,7 @@ def prepare(spec: JobSpec) -> Prepared:
     if plan is not None:
         check_same_input(plan, shards, spec.output)
     carried = plan.carried if plan else find_carried(spec, shards)
+    _probe(store)
     return Prepared(spec=spec, store=store, plan=plan, carried=carried, shards=shards, names=names)
 
 
@@ -127,6 +129,8 @@ def run_job(
     with Lease(job.store, job.names) as lease, _pool(job.spec.model, config) as info:
         if lease.waited:
             job = prepare(job.spec)
+            if job.report is not None:
+                return job.report
         plan = job.plan
         if plan is None:
             plan = make_plan(job.spec, job.shards, job.carried, info)
@@ -141,10 +145,24 @@ def _foreign(store: Store) -> list[str]:
     """The names under an OUTPUT without a plan, which must be none but what a driver writes before the plan counts."""
     names = []
     for info in store.list():
-        if info.name != JobPaths.PLAN and JobPaths.parse_lease(info.name) is None:
+        ours = info.name == JobPaths.PLAN or info.name.startswith(JobPaths.PROBE) or JobPaths.parse_lease(info.name)
+        if not ours:
             raise OutputConflict(f"{store.url} holds other files ({info.name}); choose an OUTPUT that is empty")
         names.append(info.name)
     return names
+
+
+def _probe(store: Store) -> None:
+    """Finds out what OUTPUT allows before there is work to lose. Raises `Denied`, `StorageError`."""
+    name = f"{JobPaths.PROBE}{uuid.uuid4().hex}"
+    store.create(name, b"first")
+    created = store.create(name, b"second")
+    store.delete([name])
+    if created:
+        raise StorageError(
+            f"{store.url}: the store ignores conditional writes (If-None-Match), which keep two drivers apart; choose "
+            "an OUTPUT in one that has them, as AWS S3, Ceph, MinIO and R2 do"
+        )
 
 
 @contextmanager
@@ -216,8 +234,8 @@ class _Run:
 
     def _empty_stage(self) -> None:
         """Deletes what is staged still: by a worker that was tried again while another had done the same."""
-        names = (info.name for info in self._store.list(after=JobPaths.STAGE))
-        self._store.delete(takewhile(lambda name: name.startswith(JobPaths.STAGE), names))
+        self._store.delete(info.name for info in self._store.list(JobPaths.STAGE))
+        self._store.sweep()
 
     def _path(self, info: ModelInfo) -> DataPath:
         spec = self._plan.spec
@@ -227,6 +245,7 @@ class _Run:
             columns=spec.columns,
             carried=self._plan.carried,
             limits=spec.limits,
+            fence=Fence(self._store, self._lease.owner),
             model=spec.model,
             transform=info.transform,
             labels=info.labels,

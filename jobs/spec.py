@@ -84,6 +84,7 @@ class JobPaths:
     PLAN = "_tandem/plan.jsonl"
     PROGRESS = "_tandem/progress.json"
     STAGE = "_tandem/stage/"
+    PROBE = "_tandem/stage/probe-"  # under the stage, so that none outlives a job
     LEASE = "_tandem/lease/"
     SUCCESS = "_SUCCESS"
     ERRORS = "_errors/"

@@ -8,7 +8,7 @@ from deployments.cluster import find_local, local_ray, start_serve
 from deployments.config import Config
 from jobs.screen import Screen
 from jobs.spec import JobSpec
-from pipeline.errors import UsageError
+from pipeline.errors import JobError, UsageError
 
 
 def submit_job(
@@ -32,7 +32,11 @@ def submit_job(
         screen.say(f"job {job} runs at {address}; follow it with: ray job logs --address {address} --follow {job}")
         return
     with screen.progress("waiting for the cluster") as bar:
-        report = follow(cluster.events(job), bar.show)
+        try:
+            report = follow(cluster.events(job), bar.show)
+        except KeyboardInterrupt:
+            stop = f"ray job stop --address {address} {job}"
+            raise JobError(f"not followed any more, but job {job} goes on; to end it: {stop}") from None
     _show(screen, {"job": job, **report})
 
 

@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipeline.errors import ShardError
+from pipeline.errors import Changed, NotFound, ShardError, TandemError
 from pipeline.inputs import Reader, Sample
 
 IMAGES_PER_CHUNK = 256
 BYTES_PER_CHUNK = 32 << 20  # of encoded images
+
+# What is the end of one shard, and not of a job: it was damaged, replaced or deleted.
+ENDS_SHARD = (ShardError, Changed, NotFound)
 
 # The columns of `rows` that are Tandem's own; what is carried along follows them.
 KEY, ROW, STAGE, ERROR = "key", "row", "stage", "error"
@@ -54,7 +57,7 @@ class Chunk:
 def chunks(reader: Reader, shard_name: str, limits: ChunkLimits) -> Iterator[Chunk]:
     """The shard's chunks, at least one, the final one marked `last`.
 
-    A `ShardError` on the way becomes an error row of the final chunk: what was read before it is not lost.
+    What ends the shard early becomes an error row of the final chunk: what was read before it is not lost.
     """
     schema = rows_schema(reader.carried)
     index, held = 0, _Held()
@@ -64,12 +67,12 @@ def chunks(reader: Reader, shard_name: str, limits: ChunkLimits) -> Iterator[Chu
                 yield held.chunk(schema, index, last=False)
                 index, held = index + 1, _Held()
             held.add(sample)
-    except ShardError as error:
+    except ENDS_SHARD as error:
         held.fail(shard_name, str(error))
     yield held.chunk(schema, index, last=True)
 
 
-def failed_shard(shard_name: str, error: ShardError, carried: pa.Schema) -> Chunk:
+def failed_shard(shard_name: str, error: TandemError, carried: pa.Schema) -> Chunk:
     """The only chunk of a shard that cannot even be opened; `carried` is what other shards carry."""
     held = _Held()
     held.fail(shard_name, str(error))

@@ -11,6 +11,7 @@ import functools
 import io
 import logging
 import warnings
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +91,15 @@ def decode_image(
         raise
     except Exception as error:  # a size of zero, no memory, or what a processor of transformers raises
         raise ImageError(f"{_size(image_RGB)} cannot be resized for this model: {_reason(error)}") from error
+
+
+def decode_each(images: Iterable[bytes], transform: ImageTransform) -> Iterator[npt.NDArray[np.uint8] | ImageError]:
+    """For each image its pixels, as `decode_image` gives them, or what is wrong with it."""
+    for image in images:
+        try:
+            yield decode_image(image, transform)
+        except ImageError as error:
+            yield error
 
 
 def _keep_pillow_quiet() -> None:

@@ -4,12 +4,14 @@
     |-- UsageError              an option, a path or a configuration that cannot work as given
     |-- StorageError            the store, or what was asked of it
     |   |-- NotFound
+    |   |-- Changed             the object is not the one that was meant
     |   |-- Denied
     |   +-- Unavailable         worth another try: the store did not answer, or asked to slow down
     |-- ModelError              a checkpoint that cannot be loaded
     |   +-- HubUnreachable
     |-- ImageError              one image: it becomes an error row, or a 400
     |-- ShardError              one input shard: what could not be read of it becomes an error row
+    |-- ProcessEnded            a child process that crashed: what it worked on becomes an error row
     |-- PoolError               the model actors
     |   |-- Busy                worth another try: the lane is full
     |   +-- PoolFailed          the pool does not come up, or does not come back
@@ -38,6 +40,10 @@ class NotFound(StorageError):
     """No such bucket, object, folder or file."""
 
 
+class Changed(StorageError):
+    """The object was replaced since its tag was taken."""
+
+
 class Denied(StorageError):
     """The credentials, or the file's permissions, do not allow it."""
 
@@ -60,6 +66,10 @@ class ImageError(TandemError):
 
 class ShardError(TandemError):
     """An input shard that cannot be read, or not to its end."""
+
+
+class ProcessEnded(TandemError):
+    """A child process ended before its work was done."""
 
 
 class PoolError(TandemError):

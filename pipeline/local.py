@@ -6,12 +6,12 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from pipeline.errors import Denied, NotFound, StorageError
+from pipeline.errors import Changed, Denied, NotFound, StorageError
 from pipeline.storage import ObjectInfo
 
 # Names that a writer of this store uses before the rename; never listed.
@@ -19,6 +19,7 @@ _PARTIAL = ".tandem-partial-"
 
 BUFFER_BYTES = 1 << 17
 FOLDER_ATTEMPTS = 100
+PARTIAL_S = 60.0  # a file that is older is nobody's
 
 
 class LocalStore:
@@ -28,14 +29,11 @@ class LocalStore:
         self.root = Path(os.path.realpath(root.expanduser()))  # so that two spellings of a folder are one URL
         self.url = str(self.root)
 
-    def list(self, *, after: str = "") -> Iterator[ObjectInfo]:
-        with _translated(self.url):
-            # like a prefix, a folder need not exist to be empty
-            names = sorted(self._walk(self.root, ""), key=os.fsencode)
-        for name in names:
-            if os.fsencode(name) > os.fsencode(after):
-                with suppress(NotFound):  # deleted since
-                    yield self.stat(name)
+    def list(self, under: str = "", *, after: str = "") -> Iterator[ObjectInfo]:
+        folder = self._path(under) if under else self.root
+        for name in self._walk(folder, under, os.fsencode(after)):
+            with suppress(NotFound):  # deleted since
+                yield self.stat(name)
 
     def stat(self, name: str) -> ObjectInfo:
         path = self._path(name)
@@ -43,17 +41,20 @@ class LocalStore:
             status = path.stat()
             if path.is_dir():
                 raise NotFound(f"{path} is a folder, not a file")
-        return ObjectInfo(name=name, size=status.st_size, etag=f"{status.st_mtime_ns:x}-{status.st_size:x}")
+        return ObjectInfo(name=name, size=status.st_size, etag=_tag(status))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, etag: str = "") -> bytes:
+        with self.open(name, etag=etag) as file:
+            return file.read()
+
+    def open(self, name: str, *, etag: str = "") -> BinaryIO:
         path = self._path(name)
         with _translated(path):
-            return path.read_bytes()
-
-    def open(self, name: str) -> BinaryIO:
-        path = self._path(name)
-        with _translated(path):
-            return cast(BinaryIO, io.BufferedReader(_File(path), BUFFER_BYTES))
+            file = _File(path)
+            if etag and _tag(os.fstat(file.fileno())) != etag:
+                file.close()
+                raise Changed(f"{path} was replaced meanwhile")
+            return cast(BinaryIO, io.BufferedReader(file, BUFFER_BYTES))
 
     def write(self, name: str, data: bytes) -> None:
         path = self._path(name)
@@ -81,23 +82,40 @@ class LocalStore:
                 path.unlink()
                 self._drop_empty(path.parent)
 
+    def sweep(self) -> None:
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                path = Path(folder, name)
+                with suppress(FileNotFoundError), _translated(path):
+                    if name.startswith(_PARTIAL) and time.time() - path.stat().st_mtime > PARTIAL_S:
+                        path.unlink()
+                        self._drop_empty(path.parent)
+
     def _path(self, name: str) -> Path:
         path = Path(os.path.normpath(self.root / name))
         if self.root not in path.parents or "\0" in name:
             raise StorageError(f"{name!r} is not the name of a file under {self.root}")
         return path
 
-    def _walk(self, folder: Path, prefix: str) -> Iterator[str]:
-        try:
-            entries = os.scandir(folder)
-        except FileNotFoundError:  # dropped since its name was read, as a stage is when its shard is committed
-            return
-        with entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    yield from self._walk(folder / entry.name, f"{prefix}{entry.name}/")
-                elif entry.is_file() and not entry.name.startswith(_PARTIAL):
-                    yield prefix + entry.name
+    def _walk(self, folder: Path, prefix: str, after: bytes) -> Iterator[str]:
+        """The names in `folder`, each with `prefix`, that are greater than `after`. Holds one folder of each level."""
+        for entry in self._entries(folder):
+            name = prefix + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                inside = os.fsencode(f"{name}/")
+                if inside > after or after.startswith(inside):
+                    yield from self._walk(folder / entry.name, f"{name}/", after)
+            elif os.fsencode(name) > after and entry.is_file() and not entry.name.startswith(_PARTIAL):
+                yield name
+
+    def _entries(self, folder: Path) -> Sequence[os.DirEntry[str]]:
+        """What the folder holds, in the order in which a listing of whole names has it."""
+        with _translated(folder):
+            try:
+                found = list(os.scandir(folder))
+            except FileNotFoundError:  # like a prefix, it need not exist to be empty; or it was dropped since
+                return []
+            return sorted(found, key=lambda one: os.fsencode(one.name) + b"/" * one.is_dir(follow_symlinks=False))
 
     def _drop_empty(self, folder: Path) -> None:
         # A bucket has no folders to leave behind, so a folder leaves none either.
@@ -120,6 +138,10 @@ class _File(io.FileIO):
     def readall(self) -> bytes:
         with _translated(self.name):
             return super().readall()
+
+
+def _tag(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TypeVar
 from pipeline.errors import Unavailable
 
 # Before each further try, on average. botocore's own waits between tries end after less than a second in all.
-PAUSES_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+PAUSES_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
 
 T = TypeVar("T")
 

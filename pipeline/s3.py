@@ -19,7 +19,7 @@ import urllib3.exceptions
 from botocore import exceptions as boto
 from botocore.config import Config
 
-from pipeline.errors import Denied, NotFound, StorageError, Unavailable
+from pipeline.errors import Changed, Denied, NotFound, StorageError, Unavailable
 from pipeline.patience import patiently
 from pipeline.ranged import open_ranged
 from pipeline.storage import ObjectInfo
@@ -56,10 +56,10 @@ class S3Store:
         self.prefix = f"{prefix}/" if prefix else ""
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
 
-    def list(self, *, after: str = "") -> Iterator[ObjectInfo]:
+    def list(self, under: str = "", *, after: str = "") -> Iterator[ObjectInfo]:
         start: dict[str, str] = {"StartAfter": self._key(after)} if after else {}
         while True:
-            page = self._page(start)
+            page = self._page({"Prefix": self._key(under), **start})
             for entry in page.get("Contents", ()):
                 name = entry["Key"].removeprefix(self.prefix)
                 if name and not name.endswith("/"):  # consoles make empty objects to show folders
@@ -72,11 +72,12 @@ class S3Store:
         head = self._call("head_object", name)
         return ObjectInfo(name=name, size=head["ContentLength"], etag=head["ETag"].strip('"'))
 
-    def read(self, name: str) -> bytes:
-        return patiently(lambda: self._get(name)[0])
+    def read(self, name: str, *, etag: str = "") -> bytes:
+        return patiently(lambda: self._get(name, etag))
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str, *, etag: str = "") -> BinaryIO:
         info = self.stat(name)
+        self._check_tag(name, info.etag, etag)
         return open_ranged(lambda start, stop: self._range(info, start, stop), info.size)
 
     def write(self, name: str, data: bytes) -> None:
@@ -95,6 +96,9 @@ class S3Store:
         while keys := [{"Key": self._key(name)} for name in islice(remaining, DELETE_AT_ONCE)]:
             patiently(lambda keys=keys: self._delete(keys))  # type: ignore[misc]
 
+    def sweep(self) -> None:
+        """A bucket shows and keeps only whole objects."""
+
     def _create(self, name: str, data: bytes) -> bool:
         try:
             with _translated(self._url(name)):
@@ -111,10 +115,10 @@ class S3Store:
 
         return patiently(call)
 
-    def _page(self, start: dict[str, str]) -> Any:
+    def _page(self, of: dict[str, str]) -> Any:
         def call() -> Any:
             with _translated(self.url):
-                return _client().list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, **start)
+                return _client().list_objects_v2(Bucket=self.bucket, **of)
 
         return patiently(call)
 
@@ -124,20 +128,24 @@ class S3Store:
         for error in answer.get("Errors", ()):
             raise _of_code(f"s3://{self.bucket}/{error['Key']}", {error["Code"]}, f"not deleted: {error['Code']}")
 
-    def _get(self, name: str, **parameters: str) -> tuple[bytes, str]:
-        """The body and its tag, once."""
+    def _get(self, name: str, etag: str, **parameters: str) -> bytes:
+        """The body, once."""
         with _translated(self._url(name)):
             answer = _client().get_object(Bucket=self.bucket, Key=self._key(name), **parameters)
-            return answer["Body"].read(), answer["ETag"].strip('"')
+            self._check_tag(name, answer["ETag"].strip('"'), etag)
+            body: bytes = answer["Body"].read()
+            return body
 
     def _range(self, info: ObjectInfo, start: int, stop: int) -> bytes:
         """Bytes [start, stop), once. Raises `Unavailable` for a body that is too short, so that it is fetched again."""
-        body, etag = self._get(info.name, Range=f"bytes={start}-{stop - 1}")
-        if etag != info.etag:
-            raise StorageError(f"{self._url(info.name)} was replaced while it was read; start the job again")
+        body = self._get(info.name, info.etag, Range=f"bytes={start}-{stop - 1}")
         if len(body) != stop - start:
             raise Unavailable(f"{self._url(info.name)}: {len(body)} bytes came of {stop - start}")
         return body
+
+    def _check_tag(self, name: str, found: str, expected: str) -> None:
+        if expected and found != expected:
+            raise Changed(f"{self._url(name)} was replaced meanwhile")
 
     def _key(self, name: str) -> str:
         return self.prefix + name

@@ -29,17 +29,20 @@ class Store(Protocol):
 
     url: str
 
-    def list(self, *, after: str = "") -> Iterator[ObjectInfo]:
-        """All objects with a name greater than `after`, in the order of their names' UTF-8 bytes."""
+    def list(self, under: str = "", *, after: str = "") -> Iterator[ObjectInfo]:
+        """The objects with a name greater than `after`, in the order of their names' UTF-8 bytes.
+
+        `under` is a folder of the store, such as `train/`, that they lie in; all do in "".
+        """
 
     def stat(self, name: str) -> ObjectInfo:
         """One object's size and tag. Raises `NotFound`."""
 
-    def read(self, name: str) -> bytes:
-        """The whole object. Raises `NotFound`."""
+    def read(self, name: str, *, etag: str = "") -> bytes:
+        """The whole object. Raises `NotFound`, and `Changed` where an `etag` is given and is not the object's."""
 
-    def open(self, name: str) -> BinaryIO:
-        """The object as a seekable, buffered file. Raises `NotFound`, and `Unavailable` while it is read."""
+    def open(self, name: str, *, etag: str = "") -> BinaryIO:
+        """The object as a seekable, buffered file. Raises as `read` does, also while it is read."""
 
     def write(self, name: str, data: bytes) -> None:
         """Creates or replaces the object at once: a reader sees the old content or the new, never a part."""
@@ -52,6 +55,9 @@ class Store(Protocol):
 
     def delete(self, names: Iterable[str]) -> None:
         """Deletes the objects; one that does not exist is no error."""
+
+    def sweep(self) -> None:
+        """Deletes what writers that were killed left half-written, where such a thing takes up room."""
 
 
 def open_store(url: str) -> Store:

@@ -50,7 +50,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, address: str, endpoint: str
 
 
 def staging(store: Store, names: list[str]) -> bool:
-    return any(name.startswith(JobPaths.STAGE) for name in names)
+    return any(JobPaths.parse_staged(name) for name in names)
 
 
 def planning(store: Store, names: list[str]) -> bool:

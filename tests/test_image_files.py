@@ -25,14 +25,14 @@ class SlowStore(LocalStore):
         self.at_once = self.most_at_once = 0
         self._lock = threading.Lock()
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, etag: str = "") -> bytes:
         with self._lock:
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
         time.sleep(self._chance.uniform(0, 0.01))
         with self._lock:
             self.at_once -= 1
-        return super().read(name)
+        return super().read(name, etag=etag)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_file_beyond_the_limit_is_an_error_row_and_not_read(
 
 
 class DownStore(SlowStore):
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, etag: str = "") -> bytes:
         raise Unavailable("the store is down")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs import lease as module
-from jobs.lease import Lease
+from jobs.lease import Fence, Lease
 from jobs.spec import JobPaths
 from pipeline.errors import JobError, OutputConflict
 from pipeline.local import LocalStore
@@ -31,7 +31,7 @@ def names(store: Store) -> list[str]:
 
 def abandon(store: Store, **differences: object) -> None:
     """Leaves the lease of a driver that ended without giving it back."""
-    told = {"host": "elsewhere", "pid": 1, "place": "elsewhere", "held": True, **differences}
+    told = {"owner": "another", "host": "elsewhere", "pid": 1, "place": "elsewhere", "held": True, **differences}
     assert store.create(JobPaths.lease(1), json.dumps(told).encode())
 
 
@@ -118,18 +118,58 @@ def test_a_driver_that_came_between_is_not_overlooked(store: Store) -> None:
         Lease(store, seen).__enter__()
 
 
-def test_a_driver_that_was_paused_stops_and_does_not_look_alive_again(tmp_path: Path) -> None:
+def test_a_driver_that_was_paused_and_replaced_stops_and_does_not_look_alive_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, clock = LocalStore(tmp_path), _Clock()
     with Lease(store, [], clock=clock) as paused:
-        paused.check()
-        before = store.read(JobPaths.lease(1))
         clock.now += module.LEASE_S + 1
-        with pytest.raises(JobError, match="could not renew its lease"):
-            paused.check()
-        time.sleep(module.RENEW_S * 2)
-        with pytest.raises(JobError):
-            paused.check()
-    assert store.read(JobPaths.lease(1)) == before
+        other = Lease(store, names(store))
+        monkeypatch.setattr(store, "age_s", lambda name: module.LEASE_S + 1)
+        other.__enter__()
+        for _ in range(2):
+            with pytest.raises(JobError, match="could not renew its lease for more than 3 s, and another driver works"):
+                paused.check()
+            time.sleep(module.RENEW_S * 2)
+        other.check()
+        other.__exit__(None, None, None)
+    assert names(store) == [JobPaths.lease(2)]
+    assert json.loads(store.read(JobPaths.lease(2)))["owner"] == other.owner
+
+
+def test_a_driver_that_was_paused_and_not_replaced_takes_the_next_number_and_goes_on(store: Store) -> None:
+    clock = _Clock()
+    with Lease(store, [], clock=clock) as paused:
+        clock.now += module.LEASE_S + 1
+        paused.check()
+        paused.check()
+        assert names(store) == [JobPaths.lease(2)]
+        with pytest.raises(OutputConflict, match="another driver works"):
+            Lease(store, names(store)).__enter__()
+    assert not json.loads(store.read(JobPaths.lease(2)))["held"]
+
+
+def test_workers_go_on_while_their_own_driver_holds_the_output(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FENCE_S", 0.0)
+    clock = _Clock()
+    with Lease(store, [], clock=clock) as lease:
+        fence = Fence(store, lease.owner)
+        fence.check()
+        clock.now += module.LEASE_S + 1
+        lease.check()  # with the next number
+        fence.check()
+
+
+def test_workers_of_a_driver_that_was_replaced_are_kept_off(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FENCE_S", 0.3)
+    with Lease(store, []) as first:
+        fence = Fence(store, first.owner)
+        fence.check()
+    with Lease(store, names(store)):
+        fence.check()  # asked just now
+        time.sleep(module.FENCE_S)
+        with pytest.raises(JobError, match="another driver works on this OUTPUT now"):
+            fence.check()
 
 
 def test_something_else_under_a_leases_name_is_refused(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import decimal
 import io
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pipeline import ranged, s3
 from pipeline.errors import NotFound, ShardError, Unavailable, UsageError
@@ -20,6 +23,7 @@ from pipeline.local import LocalStore
 from pipeline.shards import Shard
 from pipeline.storage import Store, open_store
 from tests.conftest import lead_to_store, new_bucket
+from tests.images import Edits, edited, edits
 
 IMAGES = [random.Random(number).randbytes(900) for number in range(300)]
 SHARD = Shard(number=0, name="a.parquet", format="parquet", output="a.parquet", size=0, etag="")
@@ -101,6 +105,28 @@ def test_keys_of_any_type_become_text(tmp_path: Path, values: list[Any], keys: l
     assert [sample.key for sample in read(tmp_path, data, image="image", key="name")] == keys
 
 
+@pytest.mark.parametrize(
+    ("kind", "path", "key"),
+    [(pa.binary(), b"caf\xe9.jpg", "caf\udce9.jpg"), (pa.int64(), 7, "7"), (pa.string(), "", "")],
+)
+def test_paths_of_any_type_become_text(tmp_path: Path, kind: pa.DataType, path: Any, key: str) -> None:
+    values = pa.array([{"bytes": b"1", "path": path}], pa.struct([("bytes", pa.binary()), ("path", kind)]))
+    assert [sample.key for sample in read(tmp_path, parquet_of({"image": values}))] == [key]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pa.array([0, 10_000_000], pa.int32()).cast(pa.date32()),  # the year 29349
+        pa.array([b"a", b"caf\xe9"]).view(pa.string()),
+    ],
+)
+def test_a_key_that_python_cannot_hold_ends_the_shard_there_and_is_no_crash(tmp_path: Path, keys: pa.Array) -> None:
+    samples, error = damaged_rows(tmp_path, parquet_of({"image": [b"1", b"2"], "key": keys}))
+    assert images(samples) == [b"1"]
+    assert "cannot be read past row 1" in (error or "")
+
+
 def test_several_binary_columns_need_a_choice(tmp_path: Path) -> None:
     data = parquet_of({"left": [b"l"], "right": [b"r"]})
     with pytest.raises(UsageError, match=r"a.parquet.*\['left', 'right'\].*--image-column"):
@@ -168,10 +194,32 @@ def test_carried_columns_keep_their_types_and_values(tmp_path: Path) -> None:
 # Damage
 
 
+def damaged_rows(folder: Path, data: bytes) -> tuple[list[Sample], str | None]:
+    """What is read of a file, and the error that ends it."""
+    samples: list[Sample] = []
+    (folder / SHARD.name).write_bytes(data)
+    try:
+        samples.extend(open_reader(LocalStore(folder), SHARD, Columns()))
+    except ShardError as error:
+        return samples, str(error)
+    return samples, None
+
+
 @pytest.mark.parametrize("keep", [0, 3, 8, 1000, -1, -8, -200])
 def test_a_file_cut_off_is_an_error(tmp_path: Path, keep: int) -> None:
     with pytest.raises(ShardError, match=r"a.parquet is not a readable Parquet file"):
         read(tmp_path, parquet_of({"image": IMAGES})[:keep])
+
+
+@pytest.mark.parametrize("row", [0, 40, 200])
+def test_all_rows_before_a_damaged_page_in_the_middle_of_a_row_group_are_read(tmp_path: Path, row: int) -> None:
+    pages_of_10: dict[str, Any] = {"data_page_size": 9000, "write_batch_size": 10, "use_dictionary": False}
+    data = bytearray(parquet_of({"image": IMAGES}, **pages_of_10, write_statistics=False, write_page_checksum=True))
+    start = data.index(IMAGES[row])
+    data[start : start + 20] = bytes(20)
+    samples, error = damaged_rows(tmp_path, bytes(data))
+    assert images(samples) == IMAGES[:row]
+    assert f"cannot be read past row {row}" in (error or "")
 
 
 def test_rows_before_a_damaged_page_are_read(tmp_path: Path) -> None:
@@ -183,6 +231,39 @@ def test_rows_before_a_damaged_page_are_read(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="cannot be read past row 100"):
         samples.extend(open_reader(LocalStore(tmp_path), SHARD, Columns()))
     assert images(samples) == IMAGES[:100]
+
+
+@pytest.mark.parametrize("value", [0, 1, 0x40, 0x7F])
+def test_no_byte_of_the_footer_makes_rows_go_missing_in_silence(tmp_path: Path, value: int) -> None:
+    data = parquet_of({"image": IMAGES[:50]}, row_group_size=20, store_schema=False, write_statistics=False)
+    for at in range(len(data) - 8 - int.from_bytes(data[-8:-4], "little"), len(data)):
+        samples, error = damaged_rows(tmp_path, data[:at] + bytes([value]) + data[at + 1 :])
+        assert error is not None or len(samples) == 50, f"byte {at}"
+
+
+MUTATED = [
+    parquet_of({"image": pa.array([None, *IMAGES[:9]] * 5), "key": [f"k{n % 7}" for n in range(50)]}, **options)
+    for options in (
+        {"row_group_size": 20, "compression": "snappy"},
+        {"row_group_size": 20, "compression": "none", "write_page_checksum": True},
+        {"row_group_size": 20, "compression": "zstd", "data_page_version": "2.0", "use_dictionary": False},
+        {"data_page_size": 2000, "compression": "gzip"},
+    )
+]
+
+
+@pytest.mark.timeout(120)
+@given(data=st.sampled_from(MUTATED), edits=edits(), in_footer=st.booleans())
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_mutated_file_is_rows_and_at_most_one_error(
+    tmp_path: Path, data: bytes, edits: Edits, in_footer: bool
+) -> None:
+    kept = len(data) - 8 - int.from_bytes(data[-8:-4], "little") if in_footer else 0
+    with suppress(UsageError):  # a second binary column, where the schema was damaged
+        samples, error = damaged_rows(tmp_path, data[:kept] + edited(data[kept:], edits))
+        assert [sample.row for sample in samples] == list(range(len(samples)))
+        assert error is not None or len(samples) == 50
+        assert all((sample.data is None) == (sample.error is not None) for sample in samples)
 
 
 class LostStore:
@@ -198,7 +279,7 @@ class LostStore:
             raise self.error
         return self.data[start:stop]
 
-    def open(self, name: str) -> Any:
+    def open(self, name: str, *, etag: str = "") -> Any:
         return ranged.open_ranged(self.fetch, len(self.data), window_bytes=1000)
 
 

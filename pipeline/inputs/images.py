@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pyarrow as pa
 
-from pipeline.errors import NotFound, ShardError, UsageError
+from pipeline.errors import Changed, NotFound, ShardError, UsageError
 from pipeline.inputs.sample import MAX_IMAGE_BYTES, Columns, Sample, too_large
 from pipeline.shards import Fingerprint, Shard, slice_of
 from pipeline.storage import ObjectInfo, Store
@@ -47,10 +47,10 @@ class ImagesReader:
         if info.size > MAX_IMAGE_BYTES:
             return Sample(row=row, key=info.name, data=None, error=too_large(info.size))
         try:
-            data = self._store.read(info.name)
+            data = self._store.read(info.name, etag=info.etag)
         except NotFound:
             return Sample(row=row, key=info.name, data=None, error="the file was deleted while the job ran")
-        if len(data) != info.size:
+        except Changed:
             return Sample(row=row, key=info.name, data=None, error="the file was replaced while the job ran")
         return Sample(row=row, key=info.name, data=data)
 
