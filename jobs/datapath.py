@@ -116,6 +116,7 @@ def _configure(context: DataContext) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
+    context.raise_original_map_exception = True  # or a stage's error comes as text, and what kind it was is lost
     # Ray holds a stage's rows back until a block is full; a chunk should move on at once, so a block is one row.
     context.target_max_block_size = 1
     context.target_min_block_size = 1

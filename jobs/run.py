@@ -306,7 +306,7 @@ def _receipts(path: DataPath, work: list[tuple[Shard, frozenset[int]]], callers:
         while cause is not None and not isinstance(cause, TandemError):
             cause = getattr(cause, "cause", None) or cause.__cause__
         if cause is not None:
-            raise cause from error
+            raise type(cause)(str(cause).splitlines()[0]) from error  # Ray adds lines on how to retry
         raise JobError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
     except RayError as error:
         raise JobError(f"the cluster failed: {str(error).strip().splitlines()[0]}") from error

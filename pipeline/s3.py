@@ -171,7 +171,16 @@ def _client() -> Any:
         **checksums,
     )
     # A session of its own: threads that make their first call together must not share the default one.
-    return boto3.Session().client("s3", config=config, region_name=_region())
+    client = boto3.Session().client("s3", config=config, region_name=_region())
+    client.meta.events.register("before-parse.s3", _refuse_cut_bodies)
+    return client
+
+
+def _refuse_cut_bodies(response_dict: dict[str, Any], operation_model: Any, **_: Any) -> None:
+    """botocore takes a body that ends early for a whole one, and one of no bytes for a listing of no objects."""
+    body, length = response_dict["body"], response_dict["headers"].get("Content-Length")
+    if isinstance(body, bytes) and length and operation_model.http["method"] != "HEAD" and len(body) != int(length):
+        raise boto.IncompleteReadError(actual_bytes=len(body), expected_bytes=int(length))
 
 
 def _region() -> str | None:

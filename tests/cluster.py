@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -16,30 +16,68 @@ import httpx
 from tests.stores import free_ports
 
 START_S = 90.0
+OBJECT_STORE_BYTES = 1 << 30
 BIN = Path(sys.executable).parent
 
 
-@contextmanager
-def ray_head(folder: Path, environment: Mapping[str, str], *, cpus: int = 4) -> Iterator[str]:
-    """`ray start --head` with an environment; the address of its job API. Ends only what it started."""
-    port, dashboard, client, agent = free_ports(4)
-    command = [
-        str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
-        f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
-        f"--num-cpus={cpus}", "--disable-usage-stats",
-    ]  # fmt: skip
-    address = f"http://127.0.0.1:{dashboard}"
-    with (folder / "head.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env=clean_environment(environment), stdout=log, stderr=log, start_new_session=True
+class Cluster:
+    """A Ray head on loopback, and nodes beside it, each with processes of its own."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self._folder, self._environment = folder, clean_environment(environment)
+        self._port, self._dashboard, *self._head_ports = free_ports(4)
+        self._nodes: list[subprocess.Popen[bytes]] = []
+        self.address = f"http://127.0.0.1:{self._dashboard}"
+
+    def start_head(self, cpus: int) -> None:
+        """`ray start --head`; waits until the job API answers."""
+        client, agent = self._head_ports
+        self._start(
+            "--head", f"--port={self._port}", f"--dashboard-port={self._dashboard}", f"--num-cpus={cpus}",
+            f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
+        )  # fmt: skip
+        _wait_for(f"{self.address}/api/version", self._folder / "0.log")
+
+    def start_node(self, cpus: int) -> subprocess.Popen[bytes]:
+        """`ray start --address`; does not wait for it. A node that is killed takes its workers with it."""
+        (agent,) = free_ports(1)
+        return self._start(
+            f"--address=127.0.0.1:{self._port}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}"
         )
+
+    def stop(self) -> None:
+        """Ends what it started, and only that."""
+        for node in reversed(self._nodes):
+            kill_node(node)
+
+    def _start(self, *options: str) -> subprocess.Popen[bytes]:
+        command = [
+            str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *options,
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
+        ]  # fmt: skip
+        with (self._folder / f"{len(self._nodes)}.log").open("wb") as log:
+            node = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
+        self._nodes.append(node)
+        return node
+
+
+def kill_node(node: subprocess.Popen[bytes]) -> None:
+    """`kill -9` of the raylet and all that was started with it; its workers end by themselves."""
+    # SIGTERM would drain the node for half a minute
+    with suppress(ProcessLookupError):
+        os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
+
+
+@contextmanager
+def ray_cluster(folder: Path, environment: Mapping[str, str], *, cpus: int = 4) -> Iterator[Cluster]:
+    """A cluster that is its head alone, for as long as the context lasts."""
+    cluster = Cluster(folder, environment)
     try:
-        _wait_for(f"{address}/api/version", folder / "head.log")
-        yield address
+        cluster.start_head(cpus)
+        yield cluster
     finally:
-        # SIGTERM would drain the node for half a minute; workers end with their raylet
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        cluster.stop()
 
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:

@@ -13,8 +13,9 @@ from hypothesis import settings
 
 from pipeline import s3
 from pipeline.storage import Store, open_store
-from tests.cluster import ray_head
+from tests.cluster import ray_cluster
 from tests.command import MODEL, Done, tandem, tandem_in_terminal
+from tests.poison import poisoned_environment
 from tests.stores import ACCESS_KEY, SECRET_KEY, Radosgw, environment, free_ports, missing_programs, moto
 
 # The same examples on every run, and none that fails because the machine is busy.
@@ -90,10 +91,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory, state: dict[str, str]) -> Dem
 # For a module, not the session: what starts a Ray of its own on this machine must not find another beside it.
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The job API of a cluster that has credentials of its own; where the store is, comes with each job."""
+    """The job API of a cluster that has credentials of its own; where the store is, comes with each job.
+
+    Its processes die of `tests.poison.POISON`.
+    """
+    folder = tmp_path_factory.mktemp("ray")
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
-    with ray_head(tmp_path_factory.mktemp("ray"), keys) as address:
-        yield address
+    with ray_cluster(folder, keys | poisoned_environment(folder / "poison")) as cluster:
+        yield cluster.address
 
 
 @pytest.fixture(scope="module")

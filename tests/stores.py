@@ -138,6 +138,7 @@ cluster addr = 127.0.0.1
 osd data = {folder}/osd
 osd objectstore = memstore
 memstore device bytes = 4294967296
+osd client watch timeout = 1
 [client]
 rgw frontends = beast endpoint=127.0.0.1:{self.port} tcp_nodelay=1
 """

@@ -1,85 +1,59 @@
-"""Jobs whose processes are killed: whatever dies, a finished job holds each image once."""
+"""Jobs whose processes are killed or paused: whatever happens, a finished job holds each image once."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from jobs.corpus import digits, encode
+from jobs.lease import LEASE_S
 from jobs.spec import JobPaths
-from pipeline.storage import Store, open_store
-from tests.check import Best, check_output
+from pipeline.storage import open_store
+from tests.check import check_output
 from tests.command import submit, submitting
+from tests.conftest import Demo
 from tests.corpora import tar_of
-
-COPIES = 3  # of the digits: a job of some seconds
-DEADLINE_S = 60.0
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """An input, its keys, and what an undisturbed run makes of it."""
-
-    url: str
-    keys: list[str]
-    undisturbed: dict[str, Best]
+from tests.faults import (
+    DEADLINE_S,
+    Corpus,
+    Moment,
+    actors,
+    committing,
+    driver,
+    names_in,
+    nearly_done,
+    planning,
+    staging,
+    title,
+    wait_for,
+    wait_until,
+    workers,
+    write_digits,
+)
+from tests.poison import POISON
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory, address: str, endpoint: str) -> Corpus:
-    folder = tmp_path_factory.mktemp("faults")
-    store, keys = open_store(str(folder / "in")), []
-    encoded = [(digit.key, *encode(digit)) for digit in digits()]
-    some = {f"{key}-{copy}.{suffix}": data for copy in range(COPIES) for key, suffix, data in encoded}
-    for number, start in enumerate(range(0, len(some), 150)):
-        images = dict(list(some.items())[start : start + 150])
-        store.write(f"{number:03}.tar", tar_of(images))
-        keys += [name.partition(".")[0] for name in images]
-    assert submit(address, store.url, str(folder / "out")).code == 0
-    return Corpus(store.url, keys, check_output(str(folder / "out"), keys).best())
+def corpus(tmp_path_factory: pytest.TempPathFactory, demo: Demo, address: str, endpoint: str) -> Corpus:
+    return write_digits(open_store(str(tmp_path_factory.mktemp("faults"))), demo)
 
 
-def staging(store: Store, names: list[str]) -> bool:
-    return any(JobPaths.parse_staged(name) for name in names)
-
-
-def planning(store: Store, names: list[str]) -> bool:
-    return any(JobPaths.parse_lease(name) for name in names)
-
-
-def committing(store: Store, names: list[str]) -> bool:
-    return sum(name.endswith(".parquet") for name in names) >= 3
-
-
-def nearly_done(store: Store, names: list[str]) -> bool:
-    shards = store.read(JobPaths.PLAN).count(b"\n") if JobPaths.JOB in names else 10**6
-    return sum(name.endswith(".parquet") for name in names) >= shards * 3 / 4
-
-
-MOMENTS = [planning, staging, committing, nearly_done]
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", [planning, staging, committing, nearly_done])
 def test_a_driver_that_is_killed_is_followed_by_one_that_goes_on(
-    moment: Callable[[Store, list[str]], bool], address: str, corpus: Corpus, tmp_path: Path
+    moment: Moment, address: str, corpus: Corpus, tmp_path: Path
 ) -> None:
     target = open_store(str(tmp_path / "out"))
     with submitting(address, corpus.url, target.url) as process:
-        wait_until(lambda: moment(target, names(target)))
+        wait_for(moment, target)
         os.kill(driver(target), signal.SIGKILL)
         _, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1, err
-    before = names(target)
+    before = names_in(target)
 
     again = submit(address, corpus.url, target.url)
 
@@ -95,7 +69,7 @@ def test_a_driver_that_is_told_to_stop_ends_cleanly_and_can_be_followed_at_once(
 ) -> None:
     target = open_store(str(tmp_path / "out"))
     with submitting(address, corpus.url, target.url) as process:
-        wait_until(lambda: committing(target, names(target)))
+        wait_for(committing, target)
         os.kill(driver(target), signal.SIGTERM)
         _, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
@@ -106,11 +80,24 @@ def test_a_driver_that_is_told_to_stop_ends_cleanly_and_can_be_followed_at_once(
     check_output(target.url, corpus.keys, corpus.undisturbed)
 
 
+def test_ctrl_c_ends_the_following_and_not_the_job(address: str, corpus: Corpus, tmp_path: Path) -> None:
+    target = open_store(str(tmp_path / "out"))
+    with submitting(address, corpus.url, target.url) as process:
+        wait_for(committing, target)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 1
+    assert "goes on; to end it: ray job stop --address" in err
+
+    wait_until(lambda: JobPaths.SUCCESS in names_in(target))
+    check_output(target.url, corpus.keys, corpus.undisturbed)
+
+
 @pytest.mark.parametrize("victim", ["ServeReplica:tandem-pool", "MapWorker(MapBatches(_Caller))"])
 def test_an_actor_that_is_killed_costs_no_image(victim: str, address: str, corpus: Corpus, tmp_path: Path) -> None:
     target = open_store(str(tmp_path / "out"))
     with submitting(address, corpus.url, target.url) as process:
-        wait_until(lambda: staging(target, names(target)))
+        wait_for(staging, target)
         (actor,) = [one for one in actors(address) if one["class_name"].startswith(victim)]
         os.kill(actor["pid"], signal.SIGKILL)
         out, err = process.communicate(timeout=150)
@@ -120,12 +107,71 @@ def test_an_actor_that_is_killed_costs_no_image(victim: str, address: str, corpu
     assert json.loads(out)["images"] >= len(corpus.keys)  # a chunk may have been scored twice; it is held once
 
 
+@pytest.mark.parametrize("victim", ["ray::Read_Shards", "ray::MapBatches(_decode)"])
+def test_a_reader_or_decoder_that_is_killed_costs_no_image(
+    victim: str, address: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    target = open_store(str(tmp_path / "out"))
+    killed = set[int]()
+
+    def kill_some() -> bool:
+        for worker in workers(address):
+            if victim in title(worker["pid"]):
+                os.kill(worker["pid"], signal.SIGKILL)
+                killed.add(worker["pid"])
+        return len(killed) >= 2
+
+    with submitting(address, corpus.url, target.url) as process:
+        wait_for(staging, target)
+        wait_until(kill_some)
+        _, err = process.communicate(timeout=150)
+
+    assert process.returncode == 0, err
+    check_output(target.url, corpus.keys, corpus.undisturbed)
+
+
+def test_a_driver_that_sleeps_past_its_lease_is_replaced_and_wakes_to_no_harm(
+    address: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    target = open_store(str(tmp_path / "out"))
+    with submitting(address, corpus.url, target.url) as process:
+        wait_for(committing, target)
+        sleeper = driver(target)
+        os.kill(sleeper, signal.SIGSTOP)
+        started_s = time.monotonic()
+        second = submit(address, corpus.url, target.url)
+        assert time.monotonic() - started_s > LEASE_S / 2  # it gave the sleeper its time
+        os.kill(sleeper, signal.SIGCONT)
+        _, err = process.communicate(timeout=DEADLINE_S)
+
+    assert second.code == 0, second.err
+    assert process.returncode == 1
+    assert "another driver works on this OUTPUT now" in err
+    check_output(target.url, corpus.keys, corpus.undisturbed)
+
+
+def test_an_image_that_ends_its_process_becomes_an_error_row(address: str, endpoint: str, tmp_path: Path) -> None:
+    source, target = open_store(str(tmp_path / "in")), str(tmp_path / "out")
+    some = [(digit.key, *encode(digit)) for digit in digits()[:40]]
+    guilty = {some[index][0] for index in (3, 21, 39)}
+    images = {f"{key}.{suffix}": POISON if key in guilty else data for key, suffix, data in some}
+    source.write("good.tar", tar_of(dict(list(images.items())[:3])))
+    source.write("poisoned.tar", tar_of(dict(list(images.items())[3:])))
+
+    done = submit(address, source.url, target)
+
+    assert done.code == 0, done.err
+    errors = check_output(target, [key for key, _, _ in some]).errors.to_pylist()
+    assert {row["key"] for row in errors} == guilty
+    assert {row["error"] for row in errors} == {"decoding this image ends the process that does it (by SIGSEGV)"}
+
+
 def test_a_second_driver_on_the_same_output_is_refused_while_the_first_goes_on(
     address: str, corpus: Corpus, tmp_path: Path
 ) -> None:
     target = open_store(str(tmp_path / "out"))
     with submitting(address, corpus.url, target.url) as process:
-        wait_until(lambda: planning(target, names(target)))
+        wait_for(planning, target)
         second = submit(address, corpus.url, target.url)
         process.communicate(timeout=DEADLINE_S)
 
@@ -134,28 +180,3 @@ def test_a_second_driver_on_the_same_output_is_refused_while_the_first_goes_on(
     # refused, unless the first was done by the time that the second looked
     assert second.code == 1 or second.json["resumed"] == second.json["shards"]
     assert second.code == 0 or "another driver" in second.err
-
-
-def names(store: Store) -> list[str]:
-    return [info.name for info in store.list()]
-
-
-def driver(store: Store) -> int:
-    """The process id of the job's driver, as its lease tells it."""
-    (lease,) = [name for name in names(store) if JobPaths.parse_lease(name)]
-    process: int = json.loads(store.read(lease))["pid"]
-    return process
-
-
-def actors(address: str) -> list[dict[str, Any]]:
-    """The cluster's living actors."""
-    response = httpx.get(f"{address}/api/v0/actors", params={"detail": "true", "limit": 1000}, timeout=30)
-    found: list[dict[str, Any]] = response.raise_for_status().json()["data"]["result"]["result"]
-    return [actor for actor in found if actor["state"] == "ALIVE"]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    for _ in itertools.takewhile(lambda _: not condition(), itertools.count()):
-        assert time.monotonic() < deadline, "the moment never came"
-        time.sleep(0.002)
