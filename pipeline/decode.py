@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import IcoImagePlugin, Image, ImageOps, UnidentifiedImageError
 
 from pipeline.errors import ImageError, ModelError
 from pipeline.transform import ImageTransform
@@ -23,15 +24,18 @@ from pipeline.transform import ImageTransform
 # The size at which Pillow itself begins to warn; above twice this it refuses, whatever the caller allows.
 DEFAULT_MAX_PIXELS = 89_478_485
 
+# Of a JPEG; ordinary ones have a dozen. Each takes the decoder over the whole image, in a file of a hundred bytes more.
+MAX_SCANS = 100
+
 # All that Pillow reads, but EPS (starts Ghostscript), IPTC (opens what it wraps as any format, EPS too), FITS (inflates
-# gzip without a bound), and BUFR, GRIB, HDF5, MPEG and WMF (stubs that cannot decode).
+# gzip without a bound), BLP and ICNS (hold files that may be larger than they declare), and BUFR, GRIB, HDF5, MPEG and
+# WMF (stubs that cannot decode).
 _ALLOWED_FORMATS = {
     *(
         "AVIF",
         "BMP",
         "DIB",
         "GIF",
-        "ICNS",
         "ICO",
         "JPEG",
         "JPEG2000",
@@ -43,7 +47,7 @@ _ALLOWED_FORMATS = {
         "TIFF",
         "WEBP",
     ),
-    *("BLP", "CUR", "DCX", "DDS", "FLI", "FTEX", "GBR", "IM", "IMT", "MCIDAS", "MSP", "PCD", "PCX", "PIXAR", "SGI"),
+    *("CUR", "DCX", "DDS", "FLI", "FTEX", "GBR", "IM", "IMT", "MCIDAS", "MSP", "PCD", "PCX", "PIXAR", "SGI"),
     *("SPIDER", "SUN", "XBM", "XPM", "XVTHUMB"),
 }
 
@@ -64,6 +68,10 @@ _SIGNATURES = (
     (b"\x1f\x8b", "gzip data"),
 )
 
+_ICON = b"\0\0\1\0"
+_SCAN = b"\xff\xda"
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # with a length after it, or the end of the image
+
 # Pillow warns of odd files (EXIF, palettes, sizes) and logs odd TIFFs; in a batch of millions that is noise.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 _IGNORE_PILLOW = warnings.filters[0]
@@ -81,8 +89,9 @@ def decode_image(
     Raises ImageError for all that a bad image can cause.
     """
     _keep_pillow_quiet()
-    image = _open(data)
+    image = _open(data, max_pixels)
     _check_declared(image, max_pixels)
+    _check_scans(image, data)
     image_RGB = _load_rgb(image)
     _check_resized(image_RGB, transform, max_pixels)
     try:
@@ -125,18 +134,28 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in known.items() if name in _formats())
 
 
-def _open(data: bytes) -> Image.Image:
-    """The image with its header read and nothing decoded."""
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The image with its header read and nothing decoded; of an icon, nothing beyond `max_pixels`."""
     if not data:
         raise ImageError("the file is empty (0 bytes)")
     try:
+        if data.startswith(_ICON):
+            _check_declared(_inside_icon(data), max_pixels)
         return Image.open(io.BytesIO(data), formats=_formats())
+    except ImageError:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"the image is too large: {_reason(error)}") from error
     except UnidentifiedImageError as error:
         raise ImageError(_unidentified(data)) from error
     except Exception as error:  # Pillow's readers raise nearly anything, from struct.error to AttributeError
         raise ImageError(f"the image's header is damaged: {_reason(error)}") from error
+
+
+def _inside_icon(data: bytes) -> Image.Image:
+    """The file in the icon that Pillow will show, and decodes at once as it opens the icon, whatever its true size."""
+    first = IcoImagePlugin.IcoFile(io.BytesIO(data)).entry[0]
+    return Image.open(io.BytesIO(data[first.offset :]), formats=("PNG", "DIB"))
 
 
 def _unidentified(data: bytes) -> str:
@@ -151,6 +170,23 @@ def _unidentified(data: bytes) -> str:
 def _check_declared(image: Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise ImageError(f"the image is too large: {_size(image)} is more than max_pixels={max_pixels}; shrink it")
+
+
+def _check_scans(image: Image.Image, data: bytes) -> None:
+    if image.format not in ("JPEG", "MPO") or data.count(_SCAN) <= MAX_SCANS:
+        return
+    if _scans(data) > MAX_SCANS:  # not thumbnails, further pictures, or the film of a motion photo
+        raise ImageError(f"the JPEG file has more than {MAX_SCANS} scans; save it anew")
+
+
+def _scans(data: bytes) -> int:
+    """The scans of a JPEG file's first picture, counted from marker to marker."""
+    count, at = 0, len(b"\xff\xd8")
+    while (marker := _MARKER.search(data, at)) and marker[1] != b"\xd9":
+        at = marker.end()
+        count += marker[1] == _SCAN[1:]
+        at += int.from_bytes(data[at : at + 2], "big")
+    return count
 
 
 def _load_rgb(image: Image.Image) -> Image.Image:

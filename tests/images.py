@@ -5,6 +5,7 @@ Only the files in scikit-image's wheel are used, so nothing is downloaded. Same 
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import struct
@@ -13,8 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import skimage
+from hypothesis import strategies as st
 from PIL import ExifTags, Image, features
+
+# What `cjpeg -arithmetic -quality 60` of libjpeg-turbo makes of a 16 x 16 picture; Pillow reads it, and writes none
+ARITHMETIC_JPEG = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywtQFdBRkxOUlNSMj5aYVpQ"
+    "YEpRUk//2wBDAQ4ODhMREyYVFSZPNS01T09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT0//yQARCAAQABAD"
+    "ASIAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIRAxEAPwD9W2ZdeXiqvk+91taZqUd8ELAF6vMBIt17OtgVzSGUrOFRcNr3AcBMtWkh/s/67BU+"
+    "kAE9uMhFCmA1y3HUVmbY8RbJWzv/2Q=="
+)
 
 _FOLDER = Path(skimage.__file__).parent / "data"
 _PHOTOS = (
@@ -48,6 +59,27 @@ def encode(image: Image.Image, format: str, **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+# Where it begins, from 0 at the first byte to 1 at the end; what is put there; how many bytes make room for it.
+Edits = list[tuple[float, bytes, int]]
+
+
+def edits() -> st.SearchStrategy[Edits]:
+    """Some damage to a file: bytes overwritten, inserted, cut out, or all that follows cut off."""
+    where = st.floats(0, 1)
+    some = st.binary(min_size=1, max_size=8)
+    overwriting = st.builds(lambda at, new: (at, new, len(new)), where, some)
+    others = st.tuples(where, st.just(b"") | some, st.sampled_from([0, 1, 7, 100, 512, 1 << 40]))
+    return st.lists(overwriting | others, min_size=1, max_size=6)
+
+
+def edited(data: bytes, edits: Edits) -> bytes:
+    """The file with the damage done."""
+    for where, new, dropped in edits:
+        at = int(where * len(data))
+        data = data[:at] + new + data[at + dropped :]
+    return data
 
 
 def _jpegs() -> dict[str, bytes]:
@@ -99,6 +131,7 @@ def _modes() -> dict[str, bytes]:
         "png-palette": encode(palette, "PNG"),
         "png-palette-transparent": encode(palette, "PNG", transparency=bytes(range(0, 256, 8))),
         "png-palette-one-transparent": encode(palette, "PNG", transparency=3),
+        "png-rgb-16-bit": _png_of(*photo.size, 16, np.asarray(photo).astype(">u2") * 257),
         "png-rgb-transparent": encode(photo, "PNG", transparency=(0, 0, 0)),
         "png-alpha": encode(alpha, "PNG"),
         "gif-transparent": encode(palette, "GIF", transparency=3),
@@ -161,14 +194,44 @@ def _damaged() -> dict[str, bytes]:
 
 
 def _bombs() -> dict[str, bytes]:
-    """Small files that declare large images: one beyond Pillow's own bound, one that it only warns of."""
-    return {"bomb": _png_of(50_000, 50_000), "small-bomb": _png_of(12_000, 12_000)}
+    """Small files of large images, or of much work.
+
+    One declares more than Pillow's own bound, one what Pillow only warns of, and one hides such a picture in an icon;
+    one has five thousand scans, each of which takes the decoder over the whole image.
+    """
+    return {
+        "bomb": _png_of(50_000, 50_000),
+        "small-bomb": _png_of(12_000, 12_000),
+        "icon-bomb": icon_of(_png_of(12_000, 12_000)),
+        "scan-bomb": jpeg_of_scans(5_000),
+    }
 
 
-def _png_of(width: int, height: int) -> bytes:
-    """A PNG that declares a size; its pixels are missing."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
+def icon_of(png: bytes) -> bytes:
+    """An ICO file that declares 16 x 16 pixels, whatever it holds."""
+    return struct.pack("<3H4B2H2I", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
+
+
+def jpeg_of_scans(scans: int, side: int = 9_000) -> bytes:
+    """A grey progressive JPEG whose scans all say that every block ends as it is, in some hundred bytes each."""
+    tables = _jpeg_segment(0xDB, b"\0" + bytes([1] * 64)) + _jpeg_segment(0xC4, b"\x10\x01" + bytes(15) + b"\xe0")
+    frame = _jpeg_segment(0xC2, struct.pack(">BHHB3B", 8, side, side, 1, 1, 0x11, 0))
+    runs = -(-(((side + 7) // 8) ** 2) // 32767)  # a zero bit, and 14 ones: the next 32767 blocks
+    bits = ("0" + "1" * 14) * runs + "1" * (-15 * runs % 8)
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    scan = _jpeg_segment(0xDA, b"\x01\x01\x00\x01\x3f\x00") + data
+    return b"\xff\xd8" + tables + frame + scan * scans + b"\xff\xd9"
+
+
+def _jpeg_segment(marker: int, body: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+def _png_of(width: int, height: int, bits: int = 8, pixels_HWC: npt.NDArray[Any] | None = None) -> bytes:
+    """A PNG of RGB; without `pixels_HWC`, which are big-endian, it declares its size and lacks its pixels."""
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    rows = bytes(1000) if pixels_HWC is None else b"".join(b"\0" + row.tobytes() for row in pixels_HWC)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(kind, body) for kind, body in chunks)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.chunks import (
@@ -22,9 +25,15 @@ from pipeline.chunks import (
     rows_schema,
     to_ipc,
 )
-from pipeline.errors import ShardError, Unavailable
-from pipeline.inputs import Sample
+from pipeline.decode import decode_each
+from pipeline.errors import ImageError, ShardError, Unavailable
+from pipeline.inputs import Columns, Sample, open_reader
+from pipeline.local import LocalStore
 from pipeline.output import SCORE_FIELDS
+from pipeline.shards import FORMATS, Format, find_shards
+from pipeline.transform import ImageTransform
+from tests.corpora import write_corpus
+from tests.images import Edits, edited, edits, real_images
 
 CARRIED = pa.schema([("label", pa.int8()), ("tags", pa.list_(pa.string())), ("kind", pa.dictionary("int8", "string"))])
 
@@ -161,3 +170,26 @@ def test_a_carried_column_does_not_hide_one_of_the_output(name: str) -> None:
 
 def test_every_output_column_is_reserved() -> None:
     assert {field.name for field in (*OWN_FIELDS, *SCORE_FIELDS)} | {"shard"} == RESERVED
+
+
+_SMALL = sorted(name for name, data in real_images().items() if len(data) < 60_000)
+
+
+@given(
+    format=st.sampled_from(FORMATS),
+    damaged=st.lists(st.tuples(st.sampled_from(_SMALL), edits()), min_size=1, max_size=8),
+)
+@settings(max_examples=200, deadline=timedelta(seconds=20), suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_key_of_damaged_images_is_there_once_with_pixels_or_an_error(
+    tmp_path: Path, format: Format, damaged: list[tuple[str, Edits]]
+) -> None:
+    store = LocalStore(Path(tempfile.mkdtemp(dir=tmp_path)))
+    images = {f"{n}.jpg": edited(real_images()[name], edits) for n, (name, edits) in enumerate(damaged)}
+    keys = write_corpus(store, format, images)
+    (shard,) = find_shards(store.list(), where="INPUT")
+    found = list(chunks(open_reader(store, shard, Columns()), shard.name, ChunkLimits(images=3)))
+    assert [(row["key"], row["error"]) for row in rows(found)] == [(keys[name], None) for name in sorted(images)]
+    for chunk in found:
+        results = list(decode_each(chunk.images, ImageTransform(height=32, width=32, resize_to=(32, 32))))
+        assert len(results) == len(chunk.rows)
+        assert all(isinstance(result, ImageError) or result.shape == (32, 32, 3) for result in results)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
+from PIL import Image, _imaging, features
 from transformers import AutoImageProcessor
 from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
 from transformers.image_utils import ChannelDimension, load_image
@@ -30,7 +30,7 @@ from transformers.image_utils import ChannelDimension, load_image
 from pipeline.decode import decode_image
 from pipeline.errors import ImageError, ModelError
 from pipeline.transform import ImageTransform, transform_of
-from tests.images import bad_images, encode, real_images
+from tests.images import ARITHMETIC_JPEG, bad_images, encode, icon_of, jpeg_of_scans, real_images
 
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
@@ -260,7 +260,12 @@ _BAD = {
     "zero-size": "a PNG file whose header is damaged",
     "bomb": "the image is too large: .*2500000000 pixels",
     "small-bomb": "the image is too large: 12000 x 12000 pixels is more than max_pixels=89478485",
+    "icon-bomb": "the image is too large: 12000 x 12000 pixels is more than max_pixels=89478485",
+    "scan-bomb": "more than 100 scans",
 }
+
+
+_BOMBS = ("bomb", "small-bomb", "icon-bomb", "scan-bomb")
 
 
 @pytest.mark.parametrize("name", bad_images())
@@ -269,17 +274,144 @@ def test_a_bad_image_says_what_is_wrong(name: str) -> None:
         decode_image(bad_images()[name], VIT)
     assert "\n" not in str(caught.value)
     assert "object at 0x" not in str(caught.value)
-    assert caught.value.__cause__ is not None or name in ("empty", "small-bomb")
+    assert caught.value.__cause__ is not None or name in ("empty", *_BOMBS[1:])
 
 
-@pytest.mark.parametrize("name", ["bomb", "small-bomb"])
+@pytest.mark.parametrize("name", _BOMBS)
 def test_a_bomb_is_refused_before_it_is_decoded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise AssertionError("the pixels were asked for")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
-    with pytest.raises(ImageError, match="too large"):
+    with pytest.raises(ImageError, match=_BAD[name]):
         decode_image(bad_images()[name], VIT)
+
+
+@functools.cache
+def _large(format: str) -> bytes:
+    """A whole file of a megapixel, most of them all but empty."""
+    image = Image.new("1" if format in ("MSP", "XBM") else "RGB", (1000, 1000), 1)
+    if format == "ICO":
+        return icon_of(encode(image, "PNG"))
+    options: dict[str, Any] = {"speed": 10} if format == "AVIF" else {"lossless": True} if format == "WEBP" else {}
+    return encode(image.quantize(2) if format == "GIF" else image, format, **options)
+
+
+_WRITTEN = (
+    *("BMP", "DIB", "GIF", "ICO", "JPEG", "MSP", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
+    *("XBM", *(name for name, feature in (("AVIF", "avif"), ("JPEG2000", "jpg_2000")) if features.check(feature))),
+)
+
+
+@pytest.mark.parametrize("format", _WRITTEN)
+def test_what_is_too_large_takes_no_memory_for_pixels(format: str) -> None:
+    decode_image(_large(format), VIT)
+    _imaging.reset_stats()
+    with pytest.raises(ImageError, match="too large: 1000 x 1000 pixels is more than max_pixels=999999"):
+        decode_image(_large(format), VIT, max_pixels=999_999)
+    assert _imaging.get_stats()["new_count"] == 0
+    decode_image(_large(format), VIT)
+    assert _imaging.get_stats()["new_count"] > 0  # what is counted is what a decode takes
+
+
+_PEAK = """
+import re, sys
+from pipeline.decode import decode_image
+from pipeline.errors import ImageError
+from pipeline.transform import ImageTransform
+
+def peak_kb():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+
+vit = ImageTransform(height=224, width=224, resize_to=(224, 224))
+max_pixels, *paths = sys.argv[1:]
+files = [open(path, "rb").read() for path in paths]
+decode_image(files[0], vit)
+before_kb = peak_kb()
+for data in files[1:]:
+    try:
+        decode_image(data, vit, max_pixels=int(max_pixels))
+    except ImageError:
+        pass
+print(peak_kb() - before_kb)
+"""
+
+
+@pytest.fixture(scope="module")
+def whole_bombs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A small picture, and files of some kilobytes that are 25 megapixels each when they are decoded."""
+    image, folder = Image.new("L", (5000, 5000)), tmp_path_factory.mktemp("bombs")
+    png = encode(image, "PNG")
+    files = {
+        "small": real_images()["1x1"],
+        "png": png,
+        "ico": icon_of(png),
+        "gif": encode(image.convert("P"), "GIF"),
+        "tiff": encode(image, "TIFF", compression="tiff_deflate"),
+        "webp": encode(image.convert("RGB"), "WEBP", lossless=True, method=0),
+    }
+    for name, data in files.items():
+        assert len(data) < 100_000
+        (folder / name).write_bytes(data)
+    return [folder / name for name in files]
+
+
+@pytest.mark.parametrize(("max_pixels", "refused"), [(24_999_999, True), (25_000_000, False)])
+def test_a_bomb_that_is_refused_takes_no_memory(whole_bombs: list[Path], max_pixels: int, refused: bool) -> None:
+    command = [sys.executable, "-c", _PEAK, str(max_pixels), *map(str, whole_bombs)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 10_000) == refused, f"{done.stdout} KB"
+
+
+def _scans(count: int) -> bytes:
+    return jpeg_of_scans(count, side=64)
+
+
+def test_an_ordinary_number_of_scans_is_read() -> None:
+    filler = b"\xff" * 1_000_000  # which a JPEG may hold before any marker
+    assert decode_image(_scans(100), VIT).shape == (224, 224, 3)
+    assert decode_image(_scans(100)[:-2] + filler + b"\xd9" + _scans(100), VIT).shape == (224, 224, 3)
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        decode_image(_scans(101), VIT)
+
+
+def test_what_follows_a_picture_is_not_counted_as_its_scans() -> None:
+    film = random.Random(1).randbytes(20_000_000)  # as the motion photos of telephones have one
+    assert film.count(b"\xff\xda") > 100
+    data = real_images()["jpeg-progressive"]
+    assert np.array_equal(decode_image(data + film, VIT), decode_image(data, VIT))
+
+
+@pytest.mark.parametrize("format", ["ICNS", "BLP"])
+def test_a_file_whose_picture_may_be_larger_than_it_declares_is_not_read(format: str) -> None:
+    image = Image.new("RGBA", (128, 128)) if format == "ICNS" else Image.new("P", (128, 128))
+    with pytest.raises(ImageError, match="not an image in a format that can be read"):
+        decode_image(encode(image, format), VIT)
+
+
+def test_an_icon_is_read_as_pillow_reads_it() -> None:
+    for data in (real_images()["ico"], encode(_loaded("jpeg"), "ICO", bitmap_format="bmp"), icon_of(_png())):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+        expected_HWC = np.array(image.resize((224, 224), Image.Resampling.BILINEAR))
+        assert np.array_equal(decode_image(data, VIT), expected_HWC)
+
+
+def _png() -> bytes:
+    return encode(_loaded("jpeg"), "PNG")
+
+
+def test_an_arithmetic_coded_jpeg_is_read_as_pillow_reads_it_or_refused() -> None:
+    try:
+        image = Image.open(io.BytesIO(ARITHMETIC_JPEG)).convert("RGB")
+    except OSError:  # a Pillow whose libjpeg was built without it
+        with pytest.raises(ImageError):
+            decode_image(ARITHMETIC_JPEG, VIT)
+    else:
+        assert image.size == (16, 16)
+        expected_HWC = np.array(image.resize((224, 224), Image.Resampling.BILINEAR))
+        assert np.array_equal(decode_image(ARITHMETIC_JPEG, VIT), expected_HWC)
 
 
 def test_max_pixels_is_the_largest_size_allowed() -> None:

@@ -7,13 +7,17 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pipeline.decode import decode_each, decode_image
 from pipeline.errors import ShardError, Unavailable, UsageError
 from pipeline.inputs import Columns, Sample, images, open_reader
 from pipeline.local import LocalStore
 from pipeline.shards import Shard, find_shards
 from pipeline.storage import Store
+from pipeline.transform import ImageTransform
+from tests.images import real_images
 
 
 class SlowStore(LocalStore):
@@ -75,6 +79,30 @@ def test_a_bucket_gives_what_a_folder_does(store: Store) -> None:
     assert [(sample.key, sample.data) for sample in read(store, shard)] == [
         (name, b"" if name == "zero.jpg" else name.encode()) for name in sorted(names, key=str.encode)
     ]
+
+
+def test_what_is_no_image_by_its_name_is_passed_over(store: Store) -> None:
+    others = ["_SUCCESS", ".DS_Store", "README.txt", "a/.DS_Store", "a/_tmp.jpg", "a/Thumbs.db", "b.jpg.md5", "jpg"]
+    for name in [*others, "a/b.jpg"]:
+        store.write(name, name.encode())
+    (shard,) = slices(store)
+    assert [(sample.key, sample.data) for sample in read(store, shard)] == [("a/b.jpg", b"a/b.jpg")]
+    assert shard.size == len("a/b.jpg")
+
+
+def test_a_wrong_suffix_does_not_matter_to_what_is_decoded(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    right = {"a.png": real_images()["png-palette"], "b.gif": real_images()["animated-gif"], "c.webp": b"no image"}
+    for (name, data), wrong in zip(right.items(), ("a.JPG", "b.png", "d.tiff"), strict=True):
+        store.write(name, data)
+        store.write(wrong, data)
+    (shard,) = slices(store)
+    data_of = {sample.key: sample.data or b"" for sample in read(store, shard)}
+    transform = ImageTransform(height=32, width=32, resize_to=(32, 32))
+    for name, wrong in (("a.png", "a.JPG"), ("b.gif", "b.png")):
+        assert np.array_equal(decode_image(data_of[name], transform), decode_image(data_of[wrong], transform))
+    (refused,) = decode_each([data_of["d.tiff"]], transform)
+    assert "begin with b'no image'" in str(refused)
 
 
 @pytest.mark.parametrize("change", ["new", "gone", "longer"])

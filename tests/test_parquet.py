@@ -253,16 +253,18 @@ MUTATED = [
 
 
 @pytest.mark.timeout(120)
-@given(data=st.sampled_from(MUTATED), edits=edits(), in_footer=st.booleans())
+@given(which=st.sampled_from(range(len(MUTATED))), edits=edits(), in_footer=st.booleans())
 @settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_mutated_file_is_rows_and_at_most_one_error(
-    tmp_path: Path, data: bytes, edits: Edits, in_footer: bool
+    tmp_path: Path, which: int, edits: Edits, in_footer: bool
 ) -> None:
+    data = MUTATED[which]
     kept = len(data) - 8 - int.from_bytes(data[-8:-4], "little") if in_footer else 0
     with suppress(UsageError):  # a second binary column, where the schema was damaged
         samples, error = damaged_rows(tmp_path, data[:kept] + edited(data[kept:], edits))
         assert [sample.row for sample in samples] == list(range(len(samples)))
         assert error is not None or len(samples) == 50
+        assert "\n" not in (error or "")
         assert all((sample.data is None) == (sample.error is not None) for sample in samples)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -16,7 +18,8 @@ from pipeline.storage import Store
 ROWS_AT_ONCE = 64  # bounds memory where images are large; row groups of images are often 1 GB
 IMAGE_NAMES = ("image", "img", "bytes", "image_bytes", "content", "jpg", "jpeg", "png", "data")
 KEY_NAMES = ("key", "__key__", "id", "image_id")
-_UNREADABLE = (pa.ArrowException, OSError, ValueError)
+# OverflowError is what Python makes of a date or a duration beyond its own
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError)
 
 
 class ParquetReader:
@@ -24,7 +27,7 @@ class ParquetReader:
 
     def __init__(self, store: Store, shard: Shard, columns: Columns) -> None:
         self._name = shard.name
-        self._file: BinaryIO = store.open(shard.name)
+        self._file: BinaryIO = store.open(shard.name, etag=shard.etag)
         try:
             self._parquet = _opened(self._file, shard.name)
             schema = self._parquet.schema_arrow
@@ -41,10 +44,11 @@ class ParquetReader:
         row = 0
         try:
             for batch in self._batches(wanted):
-                yield from self._samples(batch, row)
-                row += batch.num_rows
+                for sample in self._samples(batch, row):
+                    yield sample
+                    row += 1
         except _UNREADABLE as error:
-            raise ShardError(f"{self._name} cannot be read past row {row}: {error}") from error
+            raise ShardError(f"{self._name} cannot be read past row {row}: {_reason(error)}") from error
         finally:
             self._file.close()
 
@@ -52,9 +56,27 @@ class ParquetReader:
         self._file.close()
 
     def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """The rows as they come. Raises `ValueError` where they are not as many as the footer tells."""
+        told = self._parquet.metadata
+        rows = 0
         # by row group, so that a damaged one takes no rows of the one before with it
-        for group in range(self._parquet.num_row_groups):
-            yield from self._parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False)
+        for group in range(told.num_row_groups):
+            before = rows
+            for batch in self._batches_of_group(group, columns):
+                yield batch
+                rows += batch.num_rows
+            _check_count(rows - before, told.row_group(group).num_rows, f"row group {group}")
+        _check_count(rows, told.num_rows, "the file")
+
+    def _batches_of_group(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        read = partial(self._parquet.iter_batches, row_groups=[group], columns=columns, use_threads=False)
+        rows = 0
+        try:
+            for batch in read(ROWS_AT_ONCE):
+                yield batch
+                rows += batch.num_rows
+        except _UNREADABLE:
+            yield from islice(read(1), rows, None)  # in the batch that failed, rows before the damage are whole
 
     def _samples(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Sample]:
         images = batch.column(self._image)
@@ -77,7 +99,12 @@ def _opened(file: BinaryIO, name: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
     except _UNREADABLE as error:
-        raise ShardError(f"{name} is not a readable Parquet file: {error}") from error
+        raise ShardError(f"{name} is not a readable Parquet file: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """One line of it: pyarrow's have several, or end with a break."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _text(key: Any) -> str | None:
@@ -88,8 +115,14 @@ def _text(key: Any) -> str | None:
 
 def _parts(value: Any) -> tuple[bytes | None, str | None]:
     if isinstance(value, dict):
-        return value.get("bytes"), value.get("path")
+        return value.get("bytes"), _text(value.get("path"))
     return value, None
+
+
+def _check_count(rows: int, told: int, what: str) -> None:
+    """A damaged footer, or a damaged page without a check sum, can make pyarrow leave out rows in silence."""
+    if rows != told:
+        raise ValueError(f"{what} is said to have {told} rows, and {rows} are found")
 
 
 def _problem(data: bytes | None) -> str | None:

@@ -43,7 +43,7 @@ class Reader(Protocol):
     """A shard opened for reading, once, from front to back.
 
     Iterating raises `ShardError` where the shard cannot be read any further; what was yielded before stands.
-    `StorageError` is raised as it comes.
+    `StorageError` is raised as it comes, `Changed` where the shard is not the one that was planned.
     """
 
     carried: pa.Schema

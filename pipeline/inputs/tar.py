@@ -24,7 +24,9 @@ from pipeline.shards import Shard, is_image
 from pipeline.storage import Store
 
 MAX_SIDECAR_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 20  # of an extended header: a long name, attributes, the map of a sparse file
 BUFFER_BYTES = 1 << 20
+MAX_READS_AT_END = 100
 
 
 class TarReader:
@@ -40,17 +42,17 @@ class TarReader:
         # A sidecar may stand before its image or long after it, so those that are wanted are collected first.
         sidecars = self._sidecars() if self.carried.names else {}
         seen: set[str] = set()
-        row, others = 0, list[str]()
+        row, others, other = 0, 0, ""
         with self._members() as archive:
             for member in _files(archive):
                 if self._is_image(member):
                     yield self._sample(archive, member, row, seen, sidecars)
                     row += 1
                 else:
-                    others.append(member.name)
+                    others, other = others + 1, other or member.name
             self._check_end(archive)
         if others and not row:
-            raise ShardError(f"{self._shard.name} holds no images among {len(others)} files (such as {others[0]!r})")
+            raise ShardError(f"{self._shard.name} holds no images among {others} files (such as {other!r})")
 
     def close(self) -> None:
         """Nothing is open but while it is read."""
@@ -104,13 +106,14 @@ class TarReader:
     @contextmanager
     def _members(self) -> Iterator[tarfile.TarFile]:
         name = self._shard.name
-        with self._store.open(name) as file:
+        with self._store.open(name, etag=self._shard.etag) as file:
             try:
                 with tarfile.open(
                     fileobj=cast(BinaryIO, _Unpacked(file)),
                     mode="r|",
                     bufsize=BUFFER_BYTES,
                     tarinfo=_StrictTarInfo,
+                    encoding="utf-8",
                     errors="surrogateescape",
                 ) as archive:
                     yield archive
@@ -140,22 +143,54 @@ class _Unpacked:
         magic = file.read(6)
         file.seek(0)
         opener = next((opener for start, opener in _COMPRESSED.items() if magic.startswith(start)), None)
-        self.read: Callable[[int], bytes] = opener(file).read1 if opener else file.read
+        self._read: Callable[[int], bytes] = opener(file).read1 if opener else file.read
+        self._reads_at_end = 0
+
+    def read(self, size: int) -> bytes:
+        data = self._read(size)
+        self._reads_at_end += not data
+        # tarfile reads its way to where a member should end, were that a billion reads past the archive's end
+        if self._reads_at_end > MAX_READS_AT_END:
+            raise tarfile.ReadError("unexpected end of data")
+        return data
 
 
 class _BadHeader(Exception):
     """Not a `tarfile.HeaderError`: most of those end an archive as if nothing were missing."""
 
 
+_EXTENDED = {
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+}
+
+
 class _StrictTarInfo(tarfile.TarInfo):
+    """A member whose header is whole, and whose size can be."""
+
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:  # type: ignore[override]
+    def frombuf(cls, block: bytes, encoding: str, errors: str) -> _StrictTarInfo:  # type: ignore[override]
+        return _checked(super().frombuf(block, encoding, errors))
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _StrictTarInfo:
         try:
-            return super().fromtarfile(archive)
+            return _checked(super().fromtarfile(archive))  # again, for a PAX header before it may tell another size
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise _BadHeader(error) from error
+        except IndexError as error:  # what tarfile makes of a sparse file's map that is cut off
+            raise _BadHeader("truncated header") from error
+
+
+def _checked(member: _StrictTarInfo) -> _StrictTarInfo:
+    if member.size < 0 or (member.type in _EXTENDED and member.size > MAX_HEADER_BYTES):
+        raise _BadHeader(f"{member.name!r} is said to have {member.size} bytes")
+    return member
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -171,7 +206,10 @@ def _split_file(name: str) -> tuple[str, str]:
 
 
 def _files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    return (member for member in archive if member.isfile())
+    for member in archive:
+        cast(Any, archive).members.clear()  # tarfile would keep them all
+        if member.isfile():
+            yield member
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
