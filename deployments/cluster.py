@@ -39,9 +39,8 @@ def quiet() -> None:
     logging.getLogger("ray").setLevel(logging.CRITICAL)
 
 
-@contextmanager
-def local_ray(*, dashboard: bool = False) -> Iterator[str]:
-    """A Ray of this process's own, on loopback, for as long as the context lasts; yields its dashboard's URL, or ""."""
+def own_ray() -> None:
+    """Sets the environment for a Ray of this process's own. To be called before Ray is imported, which reads it."""
     # Ray starts a worker at priority 0 and lowers it to 15 once it is up: on few cores each new worker of a job would
     # stop the replicas for half a second. With all at 0 they share, and a job's workers give way by themselves.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -50,6 +49,12 @@ def local_ray(*, dashboard: bool = False) -> Iterator[str]:
     if os.environ["RAY_AUTH_MODE"] == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     quiet()
+
+
+@contextmanager
+def local_ray(*, dashboard: bool = False) -> Iterator[str]:
+    """A Ray of this process's own, on loopback, for as long as the context lasts; yields its dashboard's URL, or ""."""
+    own_ray()
     import ray
 
     context = ray.init(

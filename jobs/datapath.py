@@ -36,9 +36,13 @@ from pipeline.shards import Shard
 from pipeline.storage import Store
 from pipeline.transform import ImageTransform
 
-READ_CPUS, SCORE_CPUS = 0.25, 0.1
+# A caller waits for the pool and asks for no CPU. Decoders leave a tenth of each for what asks for little (readers, the
+# endpoint): where nodes die, what is left over beside it must still have room for a decoder, or the job would wait for
+# ever.
+READ_CPUS, DECODE_CPUS = 0.1, 0.9
 LOWEST_PRIORITY = 19
 CHUNKS_IN_FLIGHT = 4  # of one caller: enough to hide a call's latency, few enough for the replica's lane
+SHARDS_AT_ONCE = 2000
 CRASHES_TAKEN = 3  # of a task's worker, before its images are what is suspected
 
 _READ = pa.schema(
@@ -73,8 +77,16 @@ class DataPath:
     top_k: int
 
     def receipts(self, work: list[tuple[Shard, frozenset[int]]], callers: int) -> Iterator[Receipt]:
-        """Scores the shards, except their chunks that are staged already, and yields a receipt for each chunk."""
+        """Scores the shards, except their chunks that are staged already, and yields a receipt for each chunk.
+
+        One dataset after another, so that what Ray keeps of each task does not grow with the job, and so that each
+        finds anew how many decoders the cluster has room for.
+        """
         _configure(DataContext.get_current())
+        for start in range(0, len(work), SHARDS_AT_ONCE):
+            yield from self._stretch(work[start : start + SHARDS_AT_ONCE], callers)
+
+    def _stretch(self, work: list[tuple[Shard, frozenset[int]]], callers: int) -> Iterator[Receipt]:
         decoders, decode_cpus = _decoders()
         dataset = (
             ray.data.read_datasource(
@@ -98,7 +110,7 @@ class DataPath:
                 batch_size=1,
                 batch_format="pyarrow",
                 zero_copy_batch=True,
-                num_cpus=SCORE_CPUS,
+                num_cpus=0,
                 compute=ActorPoolStrategy(
                     size=callers,
                     max_tasks_in_flight_per_actor=CHUNKS_IN_FLIGHT + 2,
@@ -129,15 +141,15 @@ def _decoders() -> tuple[int, float]:
     Where less than one CPU is left, one task takes what there is: a task that asks for more would wait for ever.
     """
     resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    free, needed = resources.get("CPU", 0.0), SCORE_CPUS + READ_CPUS
-    if free <= needed:
+    free = resources.get("CPU", 0.0)
+    if free <= READ_CPUS:
         raise JobError(
-            f"the cluster has {free:g} free CPUs, and a job needs more than {needed:g} beside the pool: add a node, or "
-            "give the pool fewer cpus or replicas"
+            f"the cluster has {free:g} free CPUs, and a job needs more than {READ_CPUS:g} beside the pool: add a node, "
+            "or give the pool fewer cpus or replicas"
         )
-    if free - needed >= 1:
-        return int(free - needed), 1.0
-    return 1, round(free - needed, 2)
+    if free - READ_CPUS >= DECODE_CPUS:
+        return int((free - READ_CPUS) / DECODE_CPUS), DECODE_CPUS
+    return 1, round(free - READ_CPUS, 2)
 
 
 class _Shards(Datasource):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deployments.cluster import find_local, local_ray, start_serve
+from deployments.cluster import find_local, local_ray, own_ray, start_serve
 from deployments.config import Config
 from jobs.screen import Screen
 from jobs.spec import JobSpec
@@ -41,6 +41,7 @@ def submit_job(
 
 
 def _run_here(screen: Screen, spec: JobSpec, config: Config, max_error_share: float | None) -> dict[str, Any]:
+    own_ray()
     from jobs.run import prepare, run_job
 
     job = prepare(spec)  # a wrong bucket is told at once, not after Ray has started

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -17,6 +18,8 @@ from tests.stores import free_ports
 
 START_S = 90.0
 OBJECT_STORE_BYTES = 1 << 30
+# Of a cluster, and of those who come to it; a Ray of Tandem's own asks for a token.
+OPEN = {"RAY_AUTH_MODE": "disabled"}
 BIN = Path(sys.executable).parent
 
 
@@ -24,7 +27,7 @@ class Cluster:
     """A Ray head on loopback, and nodes beside it, each with processes of its own."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        self._folder, self._environment = folder, clean_environment(environment)
+        self._folder, self._environment = folder, clean_environment({**OPEN, **environment})
         self._port, self._dashboard, *self._head_ports = free_ports(4)
         self._nodes: list[subprocess.Popen[bytes]] = []
         self.address = f"http://127.0.0.1:{self._dashboard}"
@@ -38,12 +41,23 @@ class Cluster:
         )  # fmt: skip
         _wait_for(f"{self.address}/api/version", self._folder / "0.log")
 
-    def start_node(self, cpus: int) -> subprocess.Popen[bytes]:
-        """`ray start --address`; does not wait for it. A node that is killed takes its workers with it."""
+    def start_node(self, cpus: int, name: str) -> subprocess.Popen[bytes]:
+        """`ray start --address`; waits until the node is one of the cluster's."""
         (agent,) = free_ports(1)
-        return self._start(
-            f"--address=127.0.0.1:{self._port}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}"
-        )
+        node = self._start(
+            f"--address=127.0.0.1:{self._port}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}",
+            f"--node-name={name}",
+        )  # fmt: skip
+        deadline = time.monotonic() + START_S
+        while name not in self.nodes():
+            assert time.monotonic() < deadline, f"node {name} did not come up"
+            time.sleep(0.1)
+        return node
+
+    def nodes(self) -> dict[str, str]:
+        """The ids of the living nodes, by their names."""
+        found = cluster_state(self.address, "nodes")
+        return {node["node_name"]: node["node_id"] for node in found if node["state"] == "ALIVE"}
 
     def stop(self) -> None:
         """Ends what it started, and only that."""
@@ -80,11 +94,18 @@ def ray_cluster(folder: Path, environment: Mapping[str, str], *, cpus: int = 4) 
         cluster.stop()
 
 
+def cluster_state(address: str, what: str) -> list[dict[str, Any]]:
+    """The cluster's `actors`, `nodes` or `workers`, as Ray's state API tells of them."""
+    response = httpx.get(f"{address}/api/v0/{what}", params={"detail": "true", "limit": 1000}, timeout=30)
+    found: list[dict[str, Any]] = response.raise_for_status().json()["data"]["result"]["result"]
+    return found
+
+
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment without what would lead elsewhere, and with `extra`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_", "HF_"))}
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return {**kept, "PATH": path, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **extra}
+    return {**kept, "PATH": path, "RAY_USAGE_STATS_ENABLED": "0", **extra}
 
 
 def _wait_for(url: str, log: Path) -> None:

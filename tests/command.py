@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.models import shipped
-from tests.cluster import BIN, clean_environment
+from tests.cluster import BIN, OPEN, clean_environment
 
 TIMEOUT_S = 170
 MODEL = str(shipped("digits-vit"))
@@ -59,7 +59,7 @@ def tandem(*arguments: str, environment: Mapping[str, str] | None = None, cwd: P
     """Runs the command to its end."""
     done = subprocess.run(
         [str(BIN / "tandem"), *arguments],
-        env=clean_environment(environment or {}),
+        env=clean_environment({**(OPEN if "--address" in arguments else {}), **(environment or {})}),
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -78,7 +78,7 @@ def submitting(address: str, source: str, target: str) -> Iterator[subprocess.Po
     """The same, running while the context lasts."""
     with subprocess.Popen(
         [str(BIN / "tandem"), "submit", *_submission(address, source, target)],
-        env=clean_environment(_way()),
+        env=clean_environment({**OPEN, **_way()}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from jobs.corpus import digits, encode
 from jobs.spec import JobPaths
 from pipeline.storage import Store
 from tests.check import Best, read_output
+from tests.cluster import cluster_state
 from tests.command import TOP_K
 from tests.conftest import Demo
 from tests.corpora import tar_of
@@ -98,12 +97,16 @@ def driver(store: Store) -> int:
 
 def actors(address: str) -> list[dict[str, Any]]:
     """The cluster's living actors."""
-    return [actor for actor in _state(address, "actors") if actor["state"] == "ALIVE"]
+    return [actor for actor in cluster_state(address, "actors") if actor["state"] == "ALIVE"]
 
 
 def workers(address: str) -> list[dict[str, Any]]:
     """The cluster's living worker processes."""
-    return [worker for worker in _state(address, "workers") if worker["is_alive"] and worker["worker_type"] == "WORKER"]
+    return [
+        worker
+        for worker in cluster_state(address, "workers")
+        if worker["is_alive"] and worker["worker_type"] == "WORKER"
+    ]
 
 
 def title(process: int) -> str:
@@ -112,9 +115,3 @@ def title(process: int) -> str:
         return Path(f"/proc/{process}/cmdline").read_text().strip("\0")
     except (FileNotFoundError, ProcessLookupError):
         return ""
-
-
-def _state(address: str, what: str) -> list[dict[str, Any]]:
-    response = httpx.get(f"{address}/api/v0/{what}", params={"detail": "true", "limit": 1000}, timeout=30)
-    found: list[dict[str, Any]] = response.raise_for_status().json()["data"]["result"]["result"]
-    return found

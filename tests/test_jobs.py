@@ -26,7 +26,7 @@ from jobs.spec import JobPaths
 from pipeline.shards import FORMATS, Format
 from pipeline.storage import Store, open_store
 from tests.check import Best, check_output, read_output
-from tests.cluster import clean_environment
+from tests.cluster import OPEN, clean_environment
 from tests.command import MODEL, TOP_K, submit
 from tests.corpora import parquet_of, tar_of, write_corpus
 from tests.images import bad_images, real_images
@@ -211,7 +211,11 @@ def _python(script: str) -> str:
     """What the script prints, in a process of its own: pyarrow reads the environment once, as it starts S3."""
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     done = subprocess.run(
-        [sys.executable, "-c", script], env=clean_environment(aws), capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script],
+        env=clean_environment({**OPEN, **aws}),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -164,7 +164,7 @@ def _serving(state: dict[str, str]) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(
         [str(BIN / "tandem"), "serve", "--model", MODEL, "--port", str(port)],
-        env=clean_environment({**state, "RAY_AUTH_MODE": "token"}),
+        env=clean_environment(state),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

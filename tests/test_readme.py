@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from deployments.config import EndpointConfig, PoolConfig, parse_config
 from pipeline import s3
 from pipeline.storage import open_store
-from tests.cluster import clean_environment, ray_cluster
+from tests.cluster import OPEN, clean_environment, ray_cluster
 from tests.command import tandem
 from tests.conftest import Demo, lead_to_store
 from tests.corpora import tar_of
@@ -41,7 +41,7 @@ def test_the_production_example_works_on_a_cluster(
     (tmp_path / "photo.jpg").write_bytes(next(iter(images.values())))
     (tmp_path / "pool.yaml").write_text(_file("pool.yaml"))
     (port,) = free_ports(1)
-    variables = {**environment(radosgw.port), **_hub_cache(tmp_path / "hub", "google/vit-base-patch16-224")}
+    variables = {**OPEN, **environment(radosgw.port), **_hub_cache(tmp_path / "hub", "google/vit-base-patch16-224")}
 
     with ray_cluster(tmp_path, variables) as cluster:
         replaced = {"http://head:8265": cluster.address, "http://127.0.0.1:8000": f"http://127.0.0.1:{port}"}
