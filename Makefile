@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test soak lint wheel clean
 
 demo: .venv/.installed
 	$(BIN)/tandem demo
 
 test: lint
 	$(BIN)/pytest
+
+soak: .venv/.installed-dev
+	$(BIN)/pytest -m soak -s tests/test_soak.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

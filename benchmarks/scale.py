@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
-from deployments.cluster import local_ray, quiet, start_serve
+from deployments.cluster import local_ray, own_ray, start_serve
 from deployments.config import Config
 from jobs.corpus import digits, encode
 from jobs.models import shipped
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--no-data", action="store_true", help="plan and commit only")
     parser.add_argument("--folder", default=None, help="where INPUT and OUTPUT are made, such as /dev/shm")
     options = parser.parse_args()
-    quiet()
+    own_ray()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         write_input(Path(folder) / "in", options.shards, options.images)
         result = measure(Path(folder), options)
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def write_input(folder: Path, shards: int, images: int) -> None:
-    """One tar of `images` digits under `shards` names, as hard links: what a listing and a reader see is a file each."""
+    """One tar of `images` digits under `shards` names: hard links, which a reader takes for a file each."""
     from tests.corpora import tar_of
 
     folder.mkdir()
@@ -82,7 +82,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         deploy_stub()
         stub = mock.patch("jobs.datapath.DataPath.receipts", staged_without_data(options.images))
         watch = Watch()
-        with watch, stub if options.no_data else mock.patch.object(sys, "argv", sys.argv):
+        with watch, stub if options.no_data else nullcontext():
             report = run_job(job, Config())
     return {
         "prepare_s": round(prepare_s, 1),
@@ -100,7 +100,7 @@ def deploy_stub() -> None:
     """A pool for MODEL, by its own name, whose replica has an answer ready."""
     from ray import serve
 
-    from deployments.pool import DEPLOYMENT, Answer, ModelReplica, app_name, wait_running
+    from deployments.pool import DEPLOYMENT, Answer, app_name, wait_running
     from pipeline.dispatcher import Scores
 
     class Stub:
@@ -118,9 +118,9 @@ def deploy_stub() -> None:
             top_NK = np.tile(np.arange(top_k, dtype=np.int32), (count, 1))
             return Answer(Scores(top_NK, np.full((count, top_k), 0.1, np.float32)), "stub")
 
-    assert set(dir(Stub)) - set(dir(object)) <= set(dir(ModelReplica)) | {"__module__", "__dict__", "__weakref__"}
     deployment = serve.deployment(name=DEPLOYMENT, ray_actor_options={"num_cpus": 0.5}, max_ongoing_requests=10_000)
-    serve.run(deployment(Stub).bind(), name=app_name(MODEL), route_prefix=None, _blocking=False)
+    target = serve.RunTarget(deployment(Stub).bind(), name=app_name(MODEL), route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=False)
     wait_running(app_name(MODEL), 120)
 
 
@@ -128,9 +128,8 @@ def staged_without_data(images: int) -> Any:
     """A `DataPath.receipts` that stages chunks of made-up rows."""
     from jobs.receipts import Receipt
     from jobs.spec import JobPaths
-    from pipeline.chunks import IMAGES_PER_CHUNK, to_ipc
+    from pipeline.chunks import IMAGES_PER_CHUNK, ChunkLimits, chunks, to_ipc
     from pipeline.inputs import Sample
-    from pipeline.chunks import ChunkLimits, chunks
     from pipeline.output import scored
 
     class Reader:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,31 @@ from tests.poison import POISON
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory, demo: Demo, address: str, endpoint: str) -> Corpus:
     return write_digits(open_store(str(tmp_path_factory.mktemp("faults"))), demo)
+
+
+class Disk:
+    """A file system in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tandem-test", folder], check=True)
+
+    def resize(self, size: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", self.folder], check=True)
+
+    def close(self) -> None:
+        subprocess.run(["umount", self.folder], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """Making one takes root, which CI has."""
+    if os.geteuid() != 0:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("only root can mount a file system")
+    disk = Disk(tmp_path / "disk")
+    yield disk
+    disk.close()
 
 
 @pytest.mark.parametrize("moment", [planning, staging, committing, nearly_done])
@@ -164,6 +191,20 @@ def test_an_image_that_ends_its_process_becomes_an_error_row(address: str, endpo
     errors = check_output(target, [key for key, _, _ in some]).errors.to_pylist()
     assert {row["key"] for row in errors} == guilty
     assert {row["error"] for row in errors} == {"decoding this image ends the process that does it (by SIGSEGV)"}
+
+
+def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(address: str, corpus: Corpus, disk: Disk) -> None:
+    disk.resize("128k")
+
+    full = submit(address, corpus.url, str(disk.folder))
+    disk.resize("64m")
+    again = submit(address, corpus.url, str(disk.folder))
+
+    assert full.code == 1
+    assert "No space left on device" in full.err
+    assert str(disk.folder) in full.err
+    assert again.code == 0, again.err
+    check_output(str(disk.folder), corpus.keys, corpus.undisturbed)
 
 
 def test_a_second_driver_on_the_same_output_is_refused_while_the_first_goes_on(
