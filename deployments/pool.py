@@ -182,13 +182,16 @@ def pool_handle(model: str) -> DeploymentHandle[Any]:
 
 
 def wait_running(app: str, timeout_s: float) -> None:
-    """Waits until the Serve application runs. Raises `PoolFailed` with Serve's own reason."""
+    """Waits until the Serve application runs, also again: one that lost a replica is unhealthy for a while.
+
+    Raises `PoolFailed` with Serve's own reason.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         status = serve.status().applications.get(app)
         if status is not None and status.status == "RUNNING":
             return
-        if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        if status is not None and status.status == "DEPLOY_FAILED":
             raise PoolFailed(f"{app} does not come up: {_reason(status)}")
         if time.monotonic() > deadline:
             waiting = _reason(status) if status else "it was deleted meanwhile"

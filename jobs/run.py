@@ -126,19 +126,20 @@ def run_job(
     give_way()
     started = time.monotonic()
     on_progress(Progress(phase="pool", shards=len(job.shards)))
-    with Lease(job.store, job.names) as lease, _pool(job.spec.model, config) as info:
+    with Lease(job.store, job.names) as lease:
         if lease.waited:
             job = prepare(job.spec)
             if job.report is not None:
                 return job.report
-        plan = job.plan
-        if plan is None:
-            plan = make_plan(job.spec, job.shards, job.carried, info)
-            write_plan(job.store, plan)
-        check_same_model(plan, info, job.spec.output)
-        run = _Run(plan, job.store, lease, Ledger(plan.shards, job.names), on_progress)
-        run.score(info, config, max_error_share)
-        return run.finish(time.monotonic() - started)
+        with _pool(job.spec.model, config) as info:
+            plan = job.plan
+            if plan is None:
+                plan = make_plan(job.spec, job.shards, job.carried, info)
+                write_plan(job.store, plan)
+            check_same_model(plan, info, job.spec.output)
+            run = _Run(plan, job.store, lease, Ledger(plan.shards, job.names), on_progress)
+            run.score(info, config, max_error_share)
+            return run.finish(time.monotonic() - started)
 
 
 def _foreign(store: Store) -> list[str]:

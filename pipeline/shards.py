@@ -24,7 +24,7 @@ IMAGES_PER_SHARD = 1000  # of a slice of a listing: one output file for so many 
 _SUFFIXES: dict[Format, tuple[str, ...]] = {"tar": (".tar", ".tar.gz", ".tgz"), "parquet": (".parquet", ".pq")}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """One input shard.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.chunks import (
+    ENDS_SHARD,
     OWN_FIELDS,
     RESERVED,
     Chunk,
@@ -30,7 +32,7 @@ from pipeline.errors import ImageError, ShardError, Unavailable
 from pipeline.inputs import Columns, Sample, open_reader
 from pipeline.local import LocalStore
 from pipeline.output import SCORE_FIELDS
-from pipeline.shards import FORMATS, Format, find_shards
+from pipeline.shards import FORMATS, Format, Shard, find_shards
 from pipeline.transform import ImageTransform
 from tests.corpora import write_corpus
 from tests.images import Edits, edited, edits, real_images
@@ -193,3 +195,25 @@ def test_every_key_of_damaged_images_is_there_once_with_pixels_or_an_error(
         results = list(decode_each(chunk.images, ImageTransform(height=32, width=32, resize_to=(32, 32))))
         assert len(results) == len(chunk.rows)
         assert all(isinstance(result, ImageError) or result.shape == (32, 32, 3) for result in results)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_shard_that_is_not_the_one_that_was_planned_becomes_an_error_row(format: Format, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    write_corpus(store, format, {f"{index}.jpg": data for index, data in enumerate(real_images().values())})
+    shard = replace(next(iter(find_shards(store.list(), where="INPUT"))), etag="another")
+
+    (chunk,) = _chunks_of(store, shard)
+
+    assert (chunk.images, chunk.last) == ([], True)
+    (row,) = chunk.rows.to_pylist()
+    assert (row["key"], row["row"], row["stage"]) == (shard.name, None, "read")
+    assert "was replaced meanwhile" in row["error"] or "changed since the job was planned" in row["error"]
+
+
+def _chunks_of(store: LocalStore, shard: Shard) -> list[Chunk]:
+    """As the data path reads them."""
+    try:
+        return list(chunks(open_reader(store, shard, Columns()), shard.name, ChunkLimits()))
+    except ENDS_SHARD as error:
+        return [failed_shard(shard.name, error, pa.schema([]))]

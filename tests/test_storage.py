@@ -21,7 +21,7 @@ import urllib3.exceptions
 from botocore import exceptions as boto
 
 from pipeline import local, patience, s3
-from pipeline.errors import Denied, NotFound, StorageError, Unavailable, UsageError
+from pipeline.errors import Changed, Denied, NotFound, StorageError, Unavailable, UsageError
 from pipeline.local import LocalStore
 from pipeline.ranged import WINDOW_BYTES
 from pipeline.storage import Store, absolute, open_store, split_object
@@ -129,6 +129,22 @@ def test_a_missing_object_is_not_found(store: Store) -> None:
         for call in (store.stat, store.read, store.open):
             with pytest.raises(NotFound, match=name):
                 call(name)
+
+
+def test_an_object_is_read_only_while_it_is_the_one_that_was_meant(store: Store) -> None:
+    store.write("a", b"old")
+    etag = store.stat("a").etag
+    assert store.read("a", etag=etag) == b"old"
+    with store.open("a", etag=etag) as file:
+        assert file.read() == b"old"
+
+    time.sleep(0.01)  # a folder tells by the time
+    store.write("a", b"new")
+
+    with pytest.raises(Changed, match="a was replaced meanwhile"):
+        store.read("a", etag=etag)
+    with pytest.raises(Changed, match="a was replaced meanwhile"):
+        store.open("a", etag=etag)
 
 
 def test_writing_again_replaces_and_changes_the_tag(store: Store) -> None:
