@@ -29,6 +29,8 @@ def commit_shard(store: Store, plan: Plan, shard: Shard, staged: Sequence[str]) 
         ) from error
     if errors is not None:
         store.write(JobPaths.errors(shard), errors)
+    else:
+        store.delete([JobPaths.errors(shard)])  # of a driver that died just here, and had another outcome
     store.write(shard.output, scores)
     store.delete(staged)
 

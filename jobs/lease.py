@@ -98,9 +98,12 @@ class Lease:
                 )
 
     def _take(self, number: int) -> bool:
-        """Creates the lease and drops the one before it; False where another driver has it."""
+        """Creates the lease and drops the one before it; False where another driver has it, or one behind it."""
         started_s = self._clock()
         if not self._store.create(JobPaths.lease(number), self._content(held=True)):
+            return False
+        if _newest(self._store) != number:  # two drivers came and went since this one looked
+            self._store.delete([JobPaths.lease(number)])
             return False
         self._renewed_s = started_s
         if number > 1:
@@ -154,11 +157,16 @@ class Fence:
 
     def _newest_owner(self) -> str | None:
         """Whose the newest lease is, or None where it gave way to a newer one just now."""
-        names = [info.name for info in self._store.list(JobPaths.LEASE) if JobPaths.parse_lease(info.name)]
         try:
-            return str(_read(self._store, max(names))["owner"]) if names else None
+            return str(_read(self._store, JobPaths.lease(_newest(self._store)))["owner"])
         except NotFound:
             return None
+
+
+def _newest(store: Store) -> int:
+    """The highest number of a lease, or 0."""
+    names = (info.name for info in store.list(JobPaths.LEASE))
+    return max((number for name in names if (number := JobPaths.parse_lease(name))), default=0)
 
 
 def _read(store: Store, name: str) -> dict[str, Any]:

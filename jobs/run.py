@@ -96,6 +96,7 @@ def prepare(spec: JobSpec) -> Prepared:
     if plan is not None:
         check_same_spec(plan, spec, spec.output)
         if JobPaths.SUCCESS in names:
+            store.delete(name for name in names if name.startswith(JobPaths.STAGE))  # of a late worker
             report = _finished(plan, store)
             return Prepared(
                 spec=spec, store=store, plan=plan, carried=plan.carried, shards=plan.shards, names=names, report=report
@@ -135,6 +136,7 @@ def run_job(
             plan = job.plan
             if plan is None:
                 plan = make_plan(job.spec, job.shards, job.carried, info)
+                lease.check()  # a pool takes its time to come up
                 write_plan(job.store, plan)
             check_same_model(plan, info, job.spec.output)
             run = _Run(plan, job.store, lease, Ledger(plan.shards, job.names), on_progress)

@@ -30,6 +30,7 @@ DELETE_AT_ONCE = 1000  # the protocol's limit
 
 _NOT_FOUND = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _EXISTS = {"412", "PreconditionFailed"}
+_SHORTER = {"416", "InvalidRange"}
 _DENIED = {
     "401", "403", "AccessDenied", "AllAccessDisabled", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken",
     "SignatureDoesNotMatch",
@@ -222,6 +223,8 @@ def _of_code(url: str, codes: set[str], message: str) -> StorageError:
         return NotFound(f"{url}: there is no such bucket")
     if codes & _NOT_FOUND:
         return NotFound(f"{url} does not exist")
+    if codes & _SHORTER:
+        return Changed(f"{url} was replaced meanwhile")
     if codes & _DENIED:
         return Denied(f"{url}: the store refuses access ({message}); check the credentials and the bucket's policy")
     if codes & _UNAVAILABLE:

@@ -149,6 +149,20 @@ def test_a_driver_that_was_paused_and_not_replaced_takes_the_next_number_and_goe
     assert not json.loads(store.read(JobPaths.lease(2)))["held"]
 
 
+def test_a_driver_that_slept_while_two_came_and_went_does_not_take_a_number_between(store: Store) -> None:
+    clock = _Clock()
+    with Lease(store, [], clock=clock) as paused:
+        clock.now += module.LEASE_S + 1
+        store.delete([JobPaths.lease(1)])
+        store.write(JobPaths.lease(3), store_content := b'{"held": true}')
+        with pytest.raises(JobError, match="another driver works"):
+            paused.check()
+    assert names(store) == [JobPaths.lease(3)]
+    assert store.read(JobPaths.lease(3)) == store_content
+    with pytest.raises(OutputConflict, match="just now"):
+        Lease(store, [JobPaths.lease(1)]).__enter__()
+
+
 def test_workers_go_on_while_their_own_driver_holds_the_output(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FENCE_S", 0.0)
     clock = _Clock()

@@ -16,7 +16,7 @@ from deployments.config import Config
 from jobs import lease, run
 from jobs.commit import commit_shard
 from jobs.plan import Plan, find_input, make_plan, write_plan
-from jobs.run import Prepared, prepare, run_job
+from jobs.run import prepare, run_job
 from jobs.spec import JobPaths, JobSpec
 from pipeline.chunks import ChunkLimits, chunks, to_ipc
 from pipeline.errors import JobError, OutputConflict, StorageError
@@ -90,9 +90,18 @@ def test_a_job_that_another_driver_finishes_meanwhile_is_done(spec: JobSpec, mon
     assert json.loads(store.read(JobPaths.SUCCESS)) == REPORT
 
 
+def test_what_a_late_worker_staged_is_dropped_when_a_finished_job_is_submitted_again(spec: JobSpec) -> None:
+    store, plan = LocalStore(Path(spec.output)), _plan(spec)
+    write_plan(store, plan)
+    _stage(store, plan)
+    store.write(JobPaths.SUCCESS, json.dumps(REPORT).encode())
+    assert prepare(spec).report is not None
+    assert names_in(store) == sorted([JobPaths.SUCCESS, JobPaths.JOB, JobPaths.PLAN])
+
+
 def test_a_stage_that_is_gone_is_no_loss_where_the_output_stands(spec: JobSpec) -> None:
     job, plan = prepare(spec), _plan(spec)
-    staged = _stage(job, plan)
+    staged = _stage(job.store, plan)
     commit_shard(job.store, plan, plan.shards[0], staged)
     before = job.store.read("a.parquet")
 
@@ -103,9 +112,16 @@ def test_a_stage_that_is_gone_is_no_loss_where_the_output_stands(spec: JobSpec) 
     assert pq.read_table(pa.BufferReader(before)).column("key").to_pylist() == ["one", "two"]
 
 
+def test_an_error_file_of_an_earlier_try_does_not_outlive_it(spec: JobSpec) -> None:
+    job, plan = prepare(spec), _plan(spec)
+    job.store.write(JobPaths.errors(plan.shards[0]), b"of a driver that died before it wrote the output")
+    commit_shard(job.store, plan, plan.shards[0], _stage(job.store, plan))
+    assert names_in(job.store) == ["a.parquet"]
+
+
 def test_a_stage_that_is_gone_without_an_output_is_told(spec: JobSpec) -> None:
     job, plan = prepare(spec), _plan(spec)
-    staged = _stage(job, plan)
+    staged = _stage(job.store, plan)
     job.store.delete(staged[:1])
     with pytest.raises(JobError, match=r"staged chunks of a.tar are gone .*000000.arrow"):
         commit_shard(job.store, plan, plan.shards[0], staged)
@@ -116,14 +132,14 @@ def _plan(spec: JobSpec) -> Plan:
     return make_plan(spec, find_input(spec), pa.schema([]), INFO)
 
 
-def _stage(job: Prepared, plan: Plan) -> list[str]:
+def _stage(store: Store, plan: Plan) -> list[str]:
     """Stages the shard's two images as chunks of one."""
     names = []
     source: Store = LocalStore(Path(plan.spec.input))
     for chunk in chunks(open_reader(source, plan.shards[0], Columns()), "a.tar", ChunkLimits(images=1)):
         rows = scored(chunk.rows, INFO.labels, np.array([[1]]), np.array([[0.5]], np.float32))
         names.append(JobPaths.staged(0, chunk.index, last=chunk.last))
-        job.store.write(names[-1], to_ipc(rows))
+        store.write(names[-1], to_ipc(rows))
     return names
 
 

@@ -547,11 +547,13 @@ def test_a_store_that_comes_up_is_waited_for(dead_port: int) -> None:
                 server.terminate()
 
 
-def test_an_object_that_is_replaced_while_it_is_read_is_told(moto_store: Store) -> None:
+@pytest.mark.parametrize("size", [WINDOW_BYTES + 1, 1])
+def test_an_object_that_is_replaced_while_it_is_read_is_told(size: int, moto_store: Store) -> None:
     moto_store.write("a", b"x" * (WINDOW_BYTES + 1))
     with moto_store.open("a") as file:
-        moto_store.write("a", b"y" * (WINDOW_BYTES + 1))
-        with pytest.raises(StorageError, match="was replaced meanwhile"):
+        file.seek(WINDOW_BYTES)
+        moto_store.write("a", b"y" * size)
+        with pytest.raises(Changed, match="was replaced meanwhile"):
             file.read()
 
 
