@@ -9,7 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -43,7 +43,7 @@ from pipeline.model_info import ModelInfo
 from pipeline.shards import Shard
 from pipeline.storage import Store, open_store
 
-COMMITS_AT_ONCE = 4
+COMMITS_AT_ONCE, COMMITS_PENDING = 4, 32
 PROGRESS_EVERY_S = 1.0
 REPLICAS_PER_CALLER = 4
 
@@ -207,7 +207,7 @@ class _Run:
                 for receipt in _receipts(self._path(info), work, 1 + (config.pool.replicas - 1) // REPLICAS_PER_CALLER):
                     self._take(receipt, threads)
                     self._tally.check_errors(max_error_share)
-            self._reap(wait=True)
+            self._reap(pending=0)
         self._tally.check_errors(max_error_share, at_least=0)
         if missing := len(self._plan.shards) - self._ledger.done:
             raise JobError(f"{missing} shards are not complete; submit the job again to go on with it")
@@ -267,7 +267,7 @@ class _Run:
         self._tally.add(receipt)
         if self._ledger.stage(receipt.shard, receipt.chunk, receipt.last):
             self._commit(threads, self._plan.shards[receipt.shard])
-        self._reap(wait=False)
+        self._reap(pending=COMMITS_PENDING)
         if time.monotonic() - self._told_s > PROGRESS_EVERY_S:
             self._tell("score")
 
@@ -276,12 +276,18 @@ class _Run:
         names = self._ledger.names(shard.number)
         self._commits[threads.submit(commit_shard, self._store, self._plan, shard, names)] = shard
 
-    def _reap(self, *, wait: bool) -> None:
-        for future in [future for future in self._commits if wait or future.done()]:
-            future.result()
-            shard = self._commits.pop(future)
-            self._ledger.commit(shard.number)
-            self._bytes_done += shard.size
+    def _reap(self, *, pending: int) -> None:
+        """Takes note of the commits that are done, and waits for some where more than `pending` are not."""
+        while self._commits:
+            patience_s = 0 if len(self._commits) <= pending else None
+            done = wait(self._commits, timeout=patience_s, return_when=FIRST_COMPLETED).done
+            if not done:
+                return
+            for future in done:
+                future.result()
+                shard = self._commits.pop(future)
+                self._ledger.commit(shard.number)
+                self._bytes_done += shard.size
 
     def _tell(self, phase: str) -> None:
         progress = Progress(

@@ -34,18 +34,23 @@ class Corpus:
     undisturbed: Mapping[str, Best]
 
 
-def write_digits(store: Store, demo: Demo, *, copies: int = 1) -> Corpus:
-    """Writes the digits, `copies` times under other keys, in shards. The demo's run of them is the undisturbed one."""
+def write_digits(store: Store, demo: Demo, *, share: float = 1.0, copies: int = 1) -> Corpus:
+    """Writes a share of the digits, `copies` times under other keys, in shards.
+
+    The demo's run of them is the undisturbed one.
+    """
     output = read_output(str(demo.folder / demo.done.json["output"])).best()
-    encoded = [(digit.key, *encode(digit)) for digit in digits()]
-    members = {f"{key}-{copy}.{suffix}": data for copy in range(copies) for key, suffix, data in encoded}
+    every = digits()
+    chosen = [(digit.key, *encode(digit)) for digit in every[: int(len(every) * share)]]
+    members = {f"{key}-{copy}.{suffix}": data for copy in range(copies) for key, suffix, data in chosen}
     for number, start in enumerate(range(0, len(members), IMAGES_PER_SHARD)):
         some = itertools.islice(members.items(), start, start + IMAGES_PER_SHARD)
         store.write(f"{number:04}.tar", tar_of(dict(some)))
     undisturbed = {
         f"{key}-{copy}": (labels[:TOP_K], scores[:TOP_K])
         for copy in range(copies)
-        for key, (labels, scores) in output.items()
+        for key, _, _ in chosen
+        for labels, scores in [output[key]]
     }
     return Corpus(store.url, list(undisturbed), undisturbed)
 

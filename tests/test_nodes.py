@@ -31,7 +31,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, demo: Demo) -> Iterator[Cl
 @pytest.fixture
 def corpus(radosgw: Radosgw, demo: Demo, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     lead_to_store(monkeypatch, radosgw.port)
-    return write_digits(open_store(f"s3://{new_bucket()}/in"), demo)
+    return write_digits(open_store(f"s3://{new_bucket()}/in"), demo, share=0.5)
 
 
 @pytest.mark.timeout(400)  # the demo, a cluster and its nodes come first

@@ -42,7 +42,7 @@ def through_proxy(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 def corpus(radosgw: Radosgw, demo: Demo, address: str, endpoint: str) -> Iterator[Corpus]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         lead_to_store(monkeypatch, radosgw.port)
-        yield write_digits(open_store(f"s3://{new_bucket()}/in"), demo)
+        yield write_digits(open_store(f"s3://{new_bucket()}/in"), demo, share=0.5)
 
 
 @pytest.fixture
