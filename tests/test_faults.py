@@ -23,7 +23,6 @@ from tests.corpora import tar_of
 from tests.faults import (
     DEADLINE_S,
     Corpus,
-    Moment,
     actors,
     committing,
     driver,
@@ -70,13 +69,10 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     disk.close()
 
 
-@pytest.mark.parametrize("moment", [planning, nearly_done])  # others, and exactly: test_store_faults.py
-def test_a_driver_that_is_killed_is_followed_by_one_that_goes_on(
-    moment: Moment, address: str, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_a_driver_that_is_killed_is_followed_by_one_that_goes_on(address: str, corpus: Corpus, tmp_path: Path) -> None:
     target = open_store(str(tmp_path / "out"))
     with submitting(address, corpus.url, target.url) as process:
-        wait_for(moment, target)
+        wait_for(nearly_done, target)  # other moments, and exactly: test_store_faults.py
         os.kill(driver(target), signal.SIGKILL)
         _, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1, err
@@ -120,13 +116,13 @@ def test_ctrl_c_ends_the_following_and_not_the_job(address: str, corpus: Corpus,
     check_output(target.url, corpus.keys, corpus.undisturbed)
 
 
-@pytest.mark.parametrize("victim", ["ServeReplica:tandem-pool", "MapWorker(MapBatches(_Caller))"])
-def test_an_actor_that_is_killed_costs_no_image(victim: str, address: str, corpus: Corpus, tmp_path: Path) -> None:
+def test_actors_that_are_killed_cost_no_image(address: str, corpus: Corpus, tmp_path: Path) -> None:
     target = open_store(str(tmp_path / "out"))
     with submitting(address, corpus.url, target.url) as process:
         wait_for(staging, target)
-        (actor,) = [one for one in actors(address) if one["class_name"].startswith(victim)]
-        os.kill(actor["pid"], signal.SIGKILL)
+        for victim in ("ServeReplica:tandem-pool", "MapWorker(MapBatches(_Caller))"):
+            (actor,) = [one for one in actors(address) if one["class_name"].startswith(victim)]
+            os.kill(actor["pid"], signal.SIGKILL)
         out, err = process.communicate(timeout=150)
 
     assert process.returncode == 0, err
@@ -134,23 +130,20 @@ def test_an_actor_that_is_killed_costs_no_image(victim: str, address: str, corpu
     assert json.loads(out)["images"] >= len(corpus.keys)  # a chunk may have been scored twice; it is held once
 
 
-@pytest.mark.parametrize("victim", ["ray::Read_Shards", "ray::MapBatches(_decode)"])
-def test_a_reader_or_decoder_that_is_killed_costs_no_image(
-    victim: str, address: str, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_a_reader_and_a_decoder_that_are_killed_cost_no_image(address: str, corpus: Corpus, tmp_path: Path) -> None:
     target = open_store(str(tmp_path / "out"))
-    killed = set[int]()
+    kinds, killed = {"ray::Read_Shards", "ray::MapBatches(_decode)"}, set[str]()
 
-    def kill_some() -> bool:
+    def kill_one_of_each() -> bool:
         for worker in workers(address):
-            if victim in title(worker["pid"]):
-                os.kill(worker["pid"], signal.SIGKILL)
-                killed.add(worker["pid"])
-        return len(killed) >= 2
+            for kind in kinds - killed:
+                if title(worker["pid"]).startswith(kind):
+                    os.kill(worker["pid"], signal.SIGKILL)
+                    killed.add(kind)
+        return killed == kinds
 
     with submitting(address, corpus.url, target.url) as process:
-        wait_for(staging, target)
-        wait_until(kill_some)
+        wait_until(kill_one_of_each)
         _, err = process.communicate(timeout=150)
 
     assert process.returncode == 0, err
@@ -194,7 +187,7 @@ def test_an_image_that_ends_its_process_becomes_an_error_row(address: str, endpo
 
 
 def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(address: str, corpus: Corpus, disk: Disk) -> None:
-    disk.resize("128k")
+    disk.resize("64k")
 
     full = submit(address, corpus.url, str(disk.folder))
     disk.resize("64m")
