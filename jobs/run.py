@@ -312,7 +312,8 @@ def _receipts(path: DataPath, work: list[tuple[Shard, frozenset[int]]], callers:
         yield from path.receipts(work, callers)
     except RayTaskError as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, TandemError):
+        # Ray's wrapper is of the wrapped error's kind as well
+        while cause is not None and (isinstance(cause, RayTaskError) or not isinstance(cause, TandemError)):
             cause = getattr(cause, "cause", None) or cause.__cause__
         if cause is not None:
             raise type(cause)(str(cause).splitlines()[0]) from error  # Ray adds lines on how to retry

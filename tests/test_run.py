@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.exceptions import RayTaskError
 
 from deployments.config import Config
 from jobs import lease, run
 from jobs.commit import commit_shard
 from jobs.plan import Plan, find_input, make_plan, write_plan
+from jobs.receipts import Receipt
 from jobs.run import prepare, run_job
 from jobs.spec import JobPaths, JobSpec
 from pipeline.chunks import ChunkLimits, chunks, to_ipc
-from pipeline.errors import JobError, OutputConflict, StorageError
+from pipeline.errors import Denied, JobError, OutputConflict, StorageError
 from pipeline.inputs import Columns, open_reader
 from pipeline.local import LocalStore
 from pipeline.model_info import ModelInfo
@@ -117,6 +120,18 @@ def test_an_error_file_of_an_earlier_try_does_not_outlive_it(spec: JobSpec) -> N
     job.store.write(JobPaths.errors(plan.shards[0]), b"of a driver that died before it wrote the output")
     commit_shard(job.store, plan, plan.shards[0], _stage(job.store, plan))
     assert names_in(job.store) == ["a.parquet"]
+
+
+def test_an_error_of_a_worker_comes_as_it_was_raised(spec: JobSpec) -> None:
+    class Path:
+        def receipts(self, work: object, callers: int) -> Iterator[Receipt]:
+            advice = "the disk is full\nTo change retry attempts, configure Ray"  # as Ray Data adds it
+            raise RayTaskError("map", "a stack", Denied(advice)).as_instanceof_cause()
+            yield
+
+    with pytest.raises(Denied, match=r"^the disk is full$") as caught:
+        list(run._receipts(Path(), [], 1))  # type: ignore[arg-type]
+    assert type(caught.value) is Denied
 
 
 def test_a_stage_that_is_gone_without_an_output_is_told(spec: JobSpec) -> None:
