@@ -136,7 +136,8 @@ def test_wrong_usage_ends_with_2_and_failure_with_1(corpus: Path, tmp_path: Path
 def test_a_model_that_cannot_be_had_is_told_in_one_line(corpus: Path, tmp_path: Path, state: dict[str, str]) -> None:
     offline = {**state, "HF_ENDPOINT": f"http://127.0.0.1:{free_ports(1)[0]}", "HF_HOME": str(tmp_path / "hf")}
 
-    hub = tandem("submit", str(corpus), "out", "--model", "google/vit-base-patch16-224", "--wait", environment=offline)
+    arguments = ("submit", str(corpus), "out", "--model", "google/vit-base-patch16-224", "--wait")
+    hub = tandem(*arguments, cwd=tmp_path, environment=offline)
 
     assert hub.code == 1
     assert hub.err.splitlines()[0].startswith("tandem: model 'google/vit-base-patch16-224': no such folder here, and")
