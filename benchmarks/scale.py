@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -24,11 +25,15 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script, and uses what the tests do
+
+from benchmarks.results import machine
 from deployments.cluster import local_ray, own_ray, start_serve
 from deployments.config import Config
 from jobs.corpus import digits, encode
 from jobs.models import shipped
 from jobs.spec import JobSpec
+from tests.corpora import tar_of
 
 MODEL = str(shipped("digits-vit"))
 SAMPLE_S = 0.5
@@ -45,13 +50,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         write_input(Path(folder) / "in", options.shards, options.images)
         result = measure(Path(folder), options)
-    print(json.dumps({**vars(options), **result}))
+    print(json.dumps({**machine(), **vars(options), **result}))
 
 
 def write_input(folder: Path, shards: int, images: int) -> None:
     """One tar of `images` digits under `shards` names: hard links, which a reader takes for a file each."""
-    from tests.corpora import tar_of
-
     folder.mkdir()
     encoded = [encode(digit) for digit in digits()[:100]]
     members = {f"{index:06}.{suffix}": data for index in range(images) for suffix, data in [encoded[index % 100]]}
@@ -113,7 +116,7 @@ def deploy_stub() -> None:
         def describe(self) -> Any:
             return self._info
 
-        async def score_batch(self, nested: dict[str, Any], top_k: int) -> Any:
+        async def score_batch(self, nested: dict[str, Any], images: int, top_k: int) -> Any:
             count = len(await nested["chunk"])
             top_NK = np.tile(np.arange(top_k, dtype=np.int32), (count, 1))
             return Answer(Scores(top_NK, np.full((count, top_k), 0.1, np.float32)), "stub")

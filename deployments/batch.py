@@ -30,7 +30,7 @@ def score_chunk(pool: DeploymentHandle[Any], images_NHWC: np.ndarray, top_k: int
     failures, pause_s = 0, FIRST_PAUSE_S
     while True:
         try:
-            answer = pool.score_batch.remote({"chunk": chunk}, top_k).result(timeout_s=CALL_TIMEOUT_S)
+            answer = pool.score_batch.remote({"chunk": chunk}, len(images_NHWC), top_k).result(timeout_s=CALL_TIMEOUT_S)
         except RayTaskError as error:
             raise PoolFailed(f"the model failed on a chunk of {len(images_NHWC)} images: {error.cause}") from error
         except (RayError, RayServeException, TimeoutError) as error:

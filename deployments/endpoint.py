@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from fastapi import FastAPI
 from PIL import Image
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve import RunTarget
 from ray.serve.exceptions import RayServeException
 
@@ -20,7 +21,7 @@ from deployments.config import Config, EndpointConfig
 from deployments.pool import CONNECT_TIMEOUT_S, Answer, deploy, pool_handle, wait_running, wait_warm
 from deployments.web import build_app
 from pipeline.decode import decode_image
-from pipeline.errors import Busy, ModelError, PoolFailed, TandemError
+from pipeline.errors import Busy, Expired, ModelError, PoolFailed, TandemError
 from pipeline.model_info import ModelInfo
 
 APP = "tandem-http"
@@ -54,17 +55,21 @@ class Endpoint:
 
     async def describe(self) -> ModelInfo:
         """The model that the pool holds."""
-        info: ModelInfo | ModelError = await _answer(self._pool.describe.remote())
+        info: ModelInfo | ModelError = await _answer(self._pool.describe.remote)
         if isinstance(info, ModelError):
             raise info
         return info
 
     async def score(self, image: bytes, top_k: int) -> tuple[list[dict[str, Any]], str]:
         """See `Scorer`."""
-        image_HWC = await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, image)
-        call = self._pool.score_online.remote(image_HWC[None], min(top_k, len(self._info.labels)))
-        answer: Answer | Busy = await _answer(call)
-        if isinstance(answer, Busy):
+        loop = asyncio.get_running_loop()
+        ends_s = loop.time() + self._config.timeout_s
+        image_HWC = await loop.run_in_executor(self._threads, self._decode, image)
+        top_k = min(top_k, len(self._info.labels))
+        answer: Answer | Busy | Expired = await _answer(
+            lambda: self._pool.score_online.remote(image_HWC[None], top_k, ends_s - loop.time())
+        )
+        if not isinstance(answer, Answer):
             raise answer
         top_K, scores_K = answer.scores.top_NK[0].tolist(), answer.scores.scores_NK[0].tolist()
         best = [
@@ -82,15 +87,23 @@ def _blank_image() -> bytes:
     return sink.getvalue()
 
 
-async def _answer(call: Any) -> Any:
-    """What the pool answers. Raises `PoolFailed` where no replica does; a caller that leaves takes its call along."""
-    try:
-        return await call
-    except asyncio.CancelledError:
-        call.cancel()  # the await alone leaves it in the lane
-        raise
-    except (RayError, RayServeException) as error:
-        raise PoolFailed("the pool does not answer; try again later") from error
+async def _answer(ask: Callable[[], Any]) -> Any:
+    """What the pool answers, also where the replica that was asked first dies: to score twice harms nobody.
+
+    Raises `PoolFailed` where no replica answers. A caller that leaves takes its call along.
+    """
+    tries = 2
+    while True:
+        tries -= 1
+        call = ask()
+        try:
+            return await call
+        except asyncio.CancelledError:
+            call.cancel()  # the await alone leaves it in the lane
+            raise
+        except (RayError, RayServeException) as error:
+            if not (tries and isinstance(error, RayActorError)):
+                raise PoolFailed("the pool does not answer; try again later") from error
 
 
 def serve_model(model: str, config: Config) -> ModelInfo:

@@ -26,12 +26,14 @@ from ray.serve.schema import ApplicationStatusOverview
 
 from deployments.config import PoolConfig
 from pipeline.dispatcher import Dispatcher, Scores
-from pipeline.errors import Busy, ModelError, PoolFailed
+from pipeline.errors import Busy, Expired, ModelError, PoolFailed
 from pipeline.lanes import Lane, LaneLimits
 from pipeline.model_info import ModelInfo
+from pipeline.steps import StepTimes
 
 DEPLOYMENT = "pool"
 MAX_STEP = {"cuda": 128, "cpu": 32}
+ONLINE_STEP_MS = {"cuda": 8.0, "cpu": 50.0}
 # Serve counts both lanes' calls together and makes callers of a full replica wait with back-off, so this must never
 # be what is full: the lanes have bounds of their own.
 MAX_ONGOING_REQUESTS = 10_000
@@ -67,15 +69,16 @@ class ModelReplica:
 
         use_threads(config.threads)
         classifier = Classifier(find_checkpoint(model), device=config.device, dtype=config.dtype)
-        max_step = config.max_step or MAX_STEP.get(classifier.device.type, MAX_STEP["cpu"])
-        classifier.warm((1, max_step))
+        kind = "cuda" if classifier.device.type == "cuda" else "cpu"
+        max_step = config.max_step or MAX_STEP[kind]
         limits = LaneLimits(
             max_step=max_step,
-            online_step_ms=config.online_step_ms,
+            online_step_ms=ONLINE_STEP_MS[kind] if config.online_step_ms is None else config.online_step_ms,
             max_online_backlog=config.max_online_backlog,
             max_batch_backlog=config.max_batch_backlog,
         )
-        self._info, self._dispatcher = classifier.info, Dispatcher(classifier, limits)
+        times = StepTimes(max_step, classifier.warm({1, max_step}))
+        self._info, self._dispatcher = classifier.info, Dispatcher(classifier, limits, times)
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -86,29 +89,32 @@ class ModelReplica:
         """The model that this replica holds, or why it holds none."""
         return self._problem or self._info
 
-    async def score_online(self, images_NHWC: np.ndarray, top_k: int) -> Answer | Busy:
-        """Scores uint8 images [N, H, W, 3] before any batch image that waits."""
-        return await self._score(Lane.ONLINE, images_NHWC, top_k)
+    async def score_online(self, images_NHWC: np.ndarray, top_k: int, within_s: float) -> Answer | Busy | Expired:
+        """Scores uint8 images [N, H, W, 3] before any batch image that waits, within that time or not at all."""
+        try:
+            scores = await self._dispatcher.submit(Lane.ONLINE, images_NHWC, top_k, within_s=within_s)
+        except (Busy, Expired) as error:
+            return error  # an answer, not an accident: raised, Serve would log a stack trace for each
+        return Answer(scores, self.replica)
 
-    async def score_batch(self, nested: dict[str, ray.ObjectRef[np.ndarray]], top_k: int) -> Answer | Busy:
-        """Scores the uint8 images [N, H, W, 3] under `chunk` when online leaves room.
+    async def score_batch(self, nested: dict[str, ray.ObjectRef[np.ndarray]], images: int, top_k: int) -> Answer | Busy:
+        """Scores the uint8 images [N, H, W, 3] under `chunk` when online leaves room. `images` is N.
 
-        The reference is nested so that the data is fetched here, and not by the actor's main loop, which must stay
-        free to answer Serve's probes.
+        The reference is nested so that the data is fetched here, where there is room for it, and not by the actor's
+        main loop, which must stay free to answer Serve's probes.
         """
-        return await self._score(Lane.BATCH, await nested["chunk"], top_k)
+        try:
+            with self._dispatcher.expect(Lane.BATCH, images):
+                images_NHWC = await nested["chunk"]
+            return Answer(await self._dispatcher.submit(Lane.BATCH, images_NHWC, top_k), self.replica)
+        except Busy as busy:
+            return busy
 
     async def stats(self) -> dict[str, Any]:
         """This replica's id, and for each lane the images scored so far and those that wait."""
         dispatcher = self._dispatcher
         lanes = {str(lane): {"scored": dispatcher.images[lane], "backlog": dispatcher.backlog(lane)} for lane in Lane}
         return {"replica": self.replica, **lanes}
-
-    async def _score(self, lane: Lane, images_NHWC: np.ndarray, top_k: int) -> Answer | Busy:
-        try:
-            return Answer(await self._dispatcher.submit(lane, images_NHWC, top_k), self.replica)
-        except Busy as busy:
-            return busy  # an answer, not an accident: raised, Serve would log a stack trace for each
 
 
 def app_name(model: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, Protocol
@@ -22,12 +23,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from deployments.config import EndpointConfig
-from pipeline.errors import Busy, ImageError, PoolError
+from pipeline.errors import Busy, Expired, ImageError, PoolError
 from pipeline.model_info import ModelInfo
 
 REPLICA_HEADER = "x-tandem-replica"  # the replica that scored, as the pool's statistics call it
 READY_TIMEOUT_S = 2.0
-RETRY_AFTER_S = 1
 
 _log = logging.getLogger(__name__)
 
@@ -103,13 +103,13 @@ async def _within(timeout_s: float, scorer: Scorer, body: bytes, top_k: int) -> 
     except ImageError as error:
         raise Problem(HTTPStatus.BAD_REQUEST, str(error)) from error
     except Busy as error:
-        headers = {"retry-after": str(RETRY_AFTER_S)}
+        headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
         raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}; try again", **headers) from error
-    except PoolError as error:
-        raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from error
-    except TimeoutError as error:
+    except (TimeoutError, Expired) as error:
         detail = f"no score within {timeout_s:g} s; try again later"
         raise Problem(HTTPStatus.GATEWAY_TIMEOUT, detail) from error
+    except PoolError as error:
+        raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from error
     except Exception as error:
         # Not left to Starlette: it answers in plain text, and raises again into the Serve replica.
         _log.exception("a request failed")

@@ -20,8 +20,6 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoo
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from deployments.batch import score_chunk
-from deployments.pool import connect
 from jobs.lease import Fence
 from jobs.receipts import Receipt
 from jobs.spec import JobPaths
@@ -266,9 +264,13 @@ class _Caller:
     """Sends chunks to the pool and stages what comes back. Called from `CHUNKS_IN_FLIGHT` threads."""
 
     def __init__(self, path: DataPath) -> None:
+        # not with the module, which readers and decoders import too: they would load Serve, for a second each
+        from deployments.batch import score_chunk
+        from deployments.pool import connect
+
         give_way()
-        self._path = path
-        self._pool, _ = connect(path.model)
+        pool, _ = connect(path.model)
+        self._path, self._score_chunk = path, partial(score_chunk, pool)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (row,) = table.drop_columns("pixels").to_pylist()
@@ -300,5 +302,5 @@ class _Caller:
         if not len(images_NHWC):
             nothing = np.empty((0, self._path.top_k))
             return Scores(nothing.astype(np.int32), nothing.astype(np.float32)), "", 0.0
-        answer = score_chunk(self._pool, images_NHWC, self._path.top_k)
+        answer = self._score_chunk(images_NHWC, self._path.top_k)
         return answer.scores, answer.replica, time.perf_counter() - started

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
-from pipeline.errors import Busy
+from pipeline.errors import Busy, Expired
 from pipeline.lanes import Lane, LaneLimits, Lanes, Slice
+from pipeline.steps import StepTimes
 
 _ENDED = "the replica is shutting down"
 
@@ -26,37 +30,61 @@ class Scores:
 
 
 class Model(Protocol):
-    """What scores a step. Called from one thread at a time."""
+    """What scores steps."""
 
-    def score(self, images_NHWC: np.ndarray, top_k: int) -> Scores:
-        """uint8 images of the model's size in, their `top_k` best classes out."""
+    def launch(self, images: Sequence[np.ndarray], top_k: int) -> Callable[[], Scores]:
+        """Hands a step to the device, behind those handed to it before, and gives what waits for its scores.
+
+        `images` are arrays of uint8 images of the model's size, [n, H, W, 3], whose best classes are found in their
+        order. Called from one thread at a time, and what it gives from another one, once each and in order.
+        """
 
 
 class Dispatcher:
-    """Feeds one model from two lanes, for as long as `run` runs, whose event loop all methods belong to."""
+    """Feeds one model from two lanes, for as long as `run` runs, whose event loop all methods belong to.
 
-    def __init__(self, model: Model, limits: LaneLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
+    `times` are the model's own. `clock` counts as the event loop's, in seconds.
+    """
+
+    def __init__(
+        self, model: Model, limits: LaneLimits, times: StepTimes, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._model, self._clock = model, clock
-        self._lanes: Lanes[_Request] = Lanes(limits)
-        self._arrived = asyncio.Event()
+        self._lanes: Lanes[_Request] = Lanes(limits, times)
+        self._changed = asyncio.Event()
+        self._free_s = -math.inf
         self._ended = False
         self.images = dict.fromkeys(Lane, 0)
+        self.steps = 0
+        self.busy_s = 0.0
 
     def backlog(self, lane: Lane) -> int:
         """Images that wait in the lane."""
         return self._lanes.backlog(lane)
 
-    async def submit(self, lane: Lane, images_NHWC: np.ndarray, top_k: int) -> Scores:
-        """Scores a request's images, uint8 [N, H, W, 3] with N > 0. Raises `Busy` at once where the lane is full.
+    @contextmanager
+    def expect(self, lane: Lane, images: int) -> Iterator[None]:
+        """Keeps room in the lane for images that are on their way, while the context lasts. Raises `Busy`."""
+        if not self._lanes.expect(lane, images):
+            raise self._busy(lane)
+        try:
+            yield
+        finally:
+            self._lanes.arrived(lane, images)
 
-        Raises what the model raised where a step that the request was in failed.
+    async def submit(self, lane: Lane, images_NHWC: np.ndarray, top_k: int, *, within_s: float = math.inf) -> Scores:
+        """Scores a request's images, uint8 [N, H, W, 3] with N > 0.
+
+        Raises `Busy` at once where the lane is full, or has so much to do that `within_s` would not be enough;
+        `Expired` where it was not enough after all; what the model raised, where a step that the request was in failed.
         """
         if self._ended:
             raise Busy(_ENDED)
+        now_s = self._clock()
         request = _Request(images_NHWC, top_k, len(images_NHWC), asyncio.get_running_loop().create_future())
-        if not self._lanes.offer(lane, request, len(images_NHWC), self._clock()):
-            raise Busy(f"the {lane} lane is full: {self.backlog(lane)} images wait")
-        self._arrived.set()
+        if not self._lanes.offer(lane, request, len(images_NHWC), now_s, now_s + within_s):
+            raise self._busy(lane)
+        self._changed.set()
         try:
             return await request.done
         finally:
@@ -65,40 +93,76 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Forms steps and has them scored, until cancelled. It cannot run again: requests that wait then get `Busy`."""
-        thread = ThreadPoolExecutor(1, thread_name_prefix="tandem-model")
-        step: list[Slice[_Request]] = []
+        launching = ThreadPoolExecutor(1, thread_name_prefix="tandem-launch")
+        reading = ThreadPoolExecutor(1, thread_name_prefix="tandem-model")
+        under_way: set[asyncio.Task[None]] = set()
         try:
             while True:
-                if step := self._lanes.next_step(self._clock()):
-                    await self._run_step(thread, step)
-                else:
-                    self._arrived.clear()
-                    await self._arrived.wait()
+                await self._until_due()
+                formed_s = self._clock()
+                if step := self._lanes.next_step(formed_s):
+                    task = asyncio.create_task(self._carry_out(step, formed_s, launching, reading))
+                    under_way.add(task)
+                    task.add_done_callback(under_way.discard)
+                self._fail_expired()
         finally:
             self._ended = True
-            thread.shutdown(wait=False)
-            while step:
+            for task in under_way:
+                task.cancel()
+            for threads in (launching, reading):
+                threads.shutdown(wait=False)
+            while step := self._lanes.next_step(self._clock()):
                 self._fail(step, Busy(_ENDED))
-                step = self._lanes.next_step(self._clock())
+            self._fail_expired()
 
-    async def _run_step(self, thread: Executor, step: list[Slice[_Request]]) -> None:
+    async def _until_due(self) -> None:
+        """Waits until it is time to form a step."""
+        loop = asyncio.get_running_loop()
+        while (due_s := self._lanes.due_s(now_s := self._clock())) > now_s:
+            self._changed.clear()
+            timer = None if math.isinf(due_s) else loop.call_later(due_s - now_s, self._changed.set)
+            await self._changed.wait()
+            if timer:
+                timer.cancel()
+
+    async def _carry_out(
+        self, step: list[Slice[_Request]], formed_s: float, launching: Executor, reading: Executor
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        images, step_ms = sum(map(len, step)), 0.0
         try:
-            found, step_ms = await asyncio.get_running_loop().run_in_executor(thread, self._score, step)
-            self._answer(step, found)
+            scores, launched_s = await loop.run_in_executor(launching, self._launch, step)
+            self._lanes.launched((launched_s - formed_s) * 1e3)
+            found, ended_s = await loop.run_in_executor(reading, self._read, scores)
+            # a step begins when the device has it, and is done with the one before
+            step_ms = (ended_s - max(launched_s, self._free_s)) * 1e3
+            self._answer(step, found, images)
+        except asyncio.CancelledError:
+            self._fail(step, Busy(_ENDED))
+            raise
         except Exception as error:  # the step's own: it goes to those who asked, and the loop goes on
+            images, ended_s = 0, self._clock()
             self._fail(step, error)
-        else:
-            self._lanes.observe(sum(map(len, step)), step_ms)
+        self._free_s = ended_s
+        self._lanes.ended(ended_s, images, step_ms)
+        self.steps += 1
+        self.busy_s += step_ms / 1e3
+        self._changed.set()
 
-    def _score(self, step: list[Slice[_Request]]) -> tuple[Scores, float]:
-        """On the model's thread: the step's scores, and the ms that they took."""
-        started = self._clock()
-        images_NHWC = np.concatenate([part.token.images_NHWC[part.start : part.stop] for part in step])
-        found = self._model.score(images_NHWC, max(part.token.top_k for part in step))
-        return found, (self._clock() - started) * 1e3
+    def _launch(self, step: list[Slice[_Request]]) -> tuple[Callable[[], Scores], float]:
+        """On the launching thread: what waits for the step's scores, and when the device had it."""
+        images = [part.token.images_NHWC[part.start : part.stop] for part in step]
+        try:
+            scores = self._model.launch(images, max(part.token.top_k for part in step))
+        except Exception as error:  # told where the scores are read, so that steps end in their order
+            scores = partial(_raise, error)
+        return scores, self._clock()
 
-    def _answer(self, step: list[Slice[_Request]], found: Scores) -> None:
-        images = sum(map(len, step))
+    def _read(self, scores: Callable[[], Scores]) -> tuple[Scores, float]:
+        """On the model's thread: the step's scores, and when the device was done with it."""
+        return scores(), self._clock()
+
+    def _answer(self, step: list[Slice[_Request]], found: Scores, images: int) -> None:
         if not images == len(found.top_NK) == len(found.scores_NK):
             raise ValueError(f"the model gave {len(found.top_NK)} scores for {images} images")
         offset = 0
@@ -110,8 +174,15 @@ class Dispatcher:
     def _fail(self, step: list[Slice[_Request]], error: Exception) -> None:
         for part in step:
             self._lanes.drop(part.token)
-            if not part.token.done.done():
-                part.token.done.set_exception(error)
+            part.token.fail(error)
+
+    def _fail_expired(self) -> None:
+        while self._lanes.expired:
+            self._lanes.expired.pop().fail(Expired("the request's deadline passed while it waited for the model"))
+
+    def _busy(self, lane: Lane) -> Busy:
+        wait_s = self._lanes.wait_s(lane, self._clock())
+        return Busy(f"the {lane} lane is full: {self.backlog(lane)} images wait", wait_s)
 
 
 @dataclass(eq=False)
@@ -130,3 +201,12 @@ class _Request:
         self.remaining -= len(top_NK)
         if not self.remaining and not self.done.done():
             self.done.set_result(Scores(np.concatenate(self.tops), np.concatenate(self.scores)))
+
+    def fail(self, error: Exception) -> None:
+        """Answers with the error, unless an answer was given."""
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+def _raise(error: Exception) -> Scores:
+    raise error

@@ -14,6 +14,7 @@
     |-- ProcessEnded            a child process that crashed: what it worked on becomes an error row
     |-- PoolError               the model actors
     |   |-- Busy                worth another try: the lane is full
+    |   |-- Expired             a request that could not be scored by its deadline
     |   +-- PoolFailed          the pool does not come up, or does not come back
     +-- JobError                a batch job that cannot start, go on or finish
         +-- OutputConflict      OUTPUT holds a job, or files, that this job must not touch
@@ -77,7 +78,15 @@ class PoolError(TandemError):
 
 
 class Busy(PoolError):
-    """The replica's lane is full; another replica, or a later moment, may have room."""
+    """The replica's lane is full; another replica may have room, or this one in about `retry_after_s`."""
+
+    def __init__(self, told: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(told)
+        self.retry_after_s = retry_after_s
+
+
+class Expired(PoolError):
+    """The request's deadline passed before the model could get to it."""
 
 
 class PoolFailed(PoolError):

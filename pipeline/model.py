@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,11 @@ class Classifier:
         self._table = table.flatten().to(self._network.dtype)
         self._channel_offsets = torch.arange(3, dtype=torch.int32, device=self.device) * table.shape[1]
 
+    def launch(self, images: Sequence[np.ndarray], top_k: int) -> Callable[[], Scores]:
+        """See `pipeline.dispatcher.Model`."""
+        images_NHWC = np.concatenate(images)
+        return lambda: self.score(images_NHWC, top_k)
+
     def score(self, images_NHWC: np.ndarray, top_k: int) -> Scores:
         """The `top_k` best classes (at most as many as there are) of uint8 images [N, H, W, 3]."""
         with torch.inference_mode():
@@ -66,18 +72,23 @@ class Classifier:
         logits: torch.Tensor = self._network(pixel_values=pixels_NHWC.permute(0, 3, 1, 2)).logits
         return logits.float()
 
-    def warm(self, steps: tuple[int, ...]) -> None:
-        """Runs each step size once, so that no request pays for allocation and kernel choice.
+    def warm(self, steps: Iterable[int]) -> dict[int, float]:
+        """Runs steps of these sizes, so that no request pays for allocation and kernel choice. Gives the ms of each.
 
         Raises `ModelError` where the model does not run, for want of memory or on images of its processor's size.
         """
+        found = {}
         for images in steps:
             shape = (images, self.info.transform.height, self.info.transform.width, 3)
             try:
                 self.score(np.zeros(shape, np.uint8), 1)
+                started = time.perf_counter()
+                self.score(np.zeros(shape, np.uint8), 1)
+                found[images] = (time.perf_counter() - started) * 1e3
             except Exception as error:  # of whatever kind: transformers promises none
                 told = f"a step of {images} images of {shape[2]} x {shape[1]} pixels on {self.device}"
                 raise ModelError(f"{self.info.model} fails on {told}: {_reason(error)}") from error
+        return found
 
 
 def use_threads(threads: int | None) -> None:

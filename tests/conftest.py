@@ -88,8 +88,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory, state: dict[str, str]) -> Dem
     return Demo(tandem_in_terminal("demo", "--json", cwd=folder, environment=state), folder)
 
 
-# For a module, not the session: what starts a Ray of its own on this machine must not find another beside it.
-@pytest.fixture(scope="module")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of the shared cluster come last: what starts a Ray of its own must not find another beside it."""
+    items.sort(key=lambda item: "address" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The job API of a cluster that has credentials of its own; where the store is, comes with each job.
 
@@ -101,7 +105,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield cluster.address
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def endpoint(address: str) -> str:
     """The URL of an endpoint that `tandem serve` deployed into the cluster."""
     (port,) = free_ports(1)

@@ -6,18 +6,24 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.dispatcher import Dispatcher, Scores
-from pipeline.errors import Busy
+from pipeline.errors import Busy, Expired
 from pipeline.lanes import Lane, LaneLimits
+from pipeline.steps import StepTimes
 
 CLASSES = 6
+UNFIT = 254  # an image of these pixels cannot be launched
 BAD = 255  # an image of these pixels makes the step fail
+# A step is formed before the last one's expected end. Of a model that is taken for so slow it is never formed before
+# the real one, and of one that is taken for so fast it is formed at once.
+SLOW_MS, FAST_MS = 1e6, 1e-3
 
 
 class Checksums:
@@ -29,12 +35,20 @@ class Checksums:
     def __init__(self, *, blocks: bool = False) -> None:
         self.entered, self._passes = threading.Semaphore(0), threading.Semaphore(0)
         self._blocks = blocks
+        self.launched: list[list[int]] = []
         self.steps: list[list[int]] = []
 
     def let(self, steps: int = 1000) -> None:
         self._passes.release(steps)
 
-    def score(self, images_NHWC: np.ndarray, top_k: int) -> Scores:
+    def launch(self, images: Sequence[np.ndarray], top_k: int) -> Callable[[], Scores]:
+        images_NHWC = np.concatenate(images)
+        self.launched.append([int(image[0, 0, 0]) for image in images_NHWC])
+        if (images_NHWC == UNFIT).any():
+            raise MemoryError("an image that the device has no room for")
+        return lambda: self._score(images_NHWC, top_k)
+
+    def _score(self, images_NHWC: np.ndarray, top_k: int) -> Scores:
         self.steps.append([int(image[0, 0, 0]) for image in images_NHWC])
         self.entered.release()
         assert not self._blocks or self._passes.acquire(timeout=10)
@@ -49,8 +63,13 @@ class Checksums:
 class Uneven:
     """A model that loses an image."""
 
-    def score(self, images_NHWC: np.ndarray, top_k: int) -> Scores:
-        return Scores(np.zeros((len(images_NHWC) - 1, 1), np.int32), np.zeros((len(images_NHWC) - 1, 1), np.float32))
+    def launch(self, images: Sequence[np.ndarray], top_k: int) -> Callable[[], Scores]:
+        count = sum(map(len, images)) - 1
+        return lambda: Scores(np.zeros((count, 1), np.int32), np.zeros((count, 1), np.float32))
+
+
+def _times(max_step: int, step_ms: float = SLOW_MS) -> StepTimes:
+    return StepTimes(max_step, {1: step_ms, max_step: step_ms})
 
 
 def _images(*values: int) -> np.ndarray:
@@ -65,8 +84,11 @@ def _check(scores: Scores, *values: int, top_k: int = 1) -> None:
 
 
 @asynccontextmanager
-async def _running(model: Checksums | Uneven, **limits: int) -> AsyncIterator[Dispatcher]:
-    dispatcher = Dispatcher(model, LaneLimits(**{"max_step": 4, **limits}))
+async def _running(
+    model: Checksums | Uneven, *, step_ms: float = SLOW_MS, max_step: int = 4, max_batch_backlog: int = 1024
+) -> AsyncIterator[Dispatcher]:
+    limits = LaneLimits(max_step=max_step, online_step_ms=1e12, max_batch_backlog=max_batch_backlog)
+    dispatcher = Dispatcher(model, limits, _times(max_step, step_ms))
     loop = asyncio.create_task(dispatcher.run())
     try:
         yield dispatcher
@@ -79,9 +101,9 @@ async def _running(model: Checksums | Uneven, **limits: int) -> AsyncIterator[Di
 
 
 @asynccontextmanager
-async def _blocked(model: Checksums, **limits: int) -> AsyncIterator[Dispatcher]:
+async def _blocked(model: Checksums, **running: Any) -> AsyncIterator[Dispatcher]:
     """A dispatcher whose model works on a step of one batch image, 0, until it is let."""
-    async with _running(model, **limits) as dispatcher:
+    async with _running(model, **running) as dispatcher:
         first = asyncio.create_task(dispatcher.submit(Lane.BATCH, _images(0), 1))
         assert await asyncio.to_thread(model.entered.acquire, timeout=10)
         yield dispatcher
@@ -209,7 +231,7 @@ def test_a_request_without_images_is_refused_and_the_loop_goes_on() -> None:
 
 def test_a_clock_that_stands_still_does_not_stop_the_loop() -> None:
     async def test() -> None:
-        dispatcher = Dispatcher(Checksums(), LaneLimits(max_step=4), clock=lambda: 0.0)
+        dispatcher = Dispatcher(Checksums(), LaneLimits(max_step=4), _times(4), clock=lambda: 0.0)
         loop = asyncio.create_task(dispatcher.run())
         for value in range(3):
             _check(await dispatcher.submit(Lane.ONLINE, _images(value), 1), value)
@@ -273,6 +295,88 @@ def test_a_request_cancelled_within_a_step_that_fails_does_not_end_the_loop() ->
     _run(test())
 
 
+def test_the_next_step_is_on_the_device_before_the_last_one_is_read_and_no_third_one() -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        async with _blocked(model, step_ms=FAST_MS) as dispatcher:
+            chunk = asyncio.create_task(dispatcher.submit(Lane.BATCH, _images(*range(1, 10)), 1))
+            await _until(lambda: len(model.launched) == 2)
+            await asyncio.sleep(0.05)
+            assert model.launched == [[0], [1, 2, 3, 4]]
+            assert model.steps == [[0]]
+            online = asyncio.create_task(dispatcher.submit(Lane.ONLINE, _images(100), 1))
+            await _until(lambda: dispatcher.backlog(Lane.ONLINE) == 1)
+            model.let(1)
+            await _until(lambda: len(model.launched) == 3)
+            assert model.launched[2] == [100, 5, 6, 7]
+            model.let()
+            _check(await chunk, *range(1, 10))
+            _check(await online, 100)
+
+    _run(test())
+
+
+def test_a_step_that_cannot_be_launched_fails_in_its_turn_and_the_loop_goes_on() -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        async with _blocked(model, step_ms=FAST_MS) as dispatcher:
+            failed = asyncio.create_task(dispatcher.submit(Lane.BATCH, _images(1, 2, 3, UNFIT), 1))
+            await _until(lambda: len(model.launched) == 2)
+            fine = asyncio.create_task(dispatcher.submit(Lane.BATCH, _images(5), 1))
+            model.let()
+            with pytest.raises(MemoryError, match="no room for"):
+                await failed
+            _check(await fine, 5)
+        assert model.steps == [[0], [5]]
+
+    _run(test())
+
+
+def test_a_request_that_the_model_does_not_get_to_in_time_is_told_so() -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        async with _blocked(model, step_ms=FAST_MS, max_step=1) as dispatcher:
+            patient = asyncio.create_task(dispatcher.submit(Lane.ONLINE, _images(1, 2), 1))
+            await _until(lambda: len(model.launched) == 2)
+            hasty = asyncio.create_task(dispatcher.submit(Lane.ONLINE, _images(3), 1, within_s=0.05))
+            await asyncio.sleep(0.1)
+            model.let()
+            with pytest.raises(Expired, match="deadline passed"):
+                await hasty
+            _check(await patient, 1, 2)
+        assert model.steps == [[0], [1], [2]]
+
+    _run(test())
+
+
+def test_a_request_that_could_not_be_scored_in_time_is_refused_at_once_and_told_when_to_come_again() -> None:
+    async def test() -> None:
+        async with _blocked(model := Checksums(blocks=True), step_ms=10_000.0) as dispatcher:
+            waits = asyncio.create_task(dispatcher.submit(Lane.ONLINE, _images(1), 1))
+            await _until(lambda: dispatcher.backlog(Lane.ONLINE) == 1)
+            with pytest.raises(Busy, match="online lane is full: 1 images wait") as refused:
+                await dispatcher.submit(Lane.ONLINE, _images(2), 1, within_s=15.0)
+            assert 5.0 <= refused.value.retry_after_s <= 12.5
+            model.let()
+            _check(await waits, 1)
+
+    _run(test())
+
+
+def test_room_is_kept_for_images_that_are_on_their_way_and_given_back_whatever_happens() -> None:
+    async def test() -> None:
+        async with _running(Checksums(), max_batch_backlog=4) as dispatcher:
+            with pytest.raises(ConnectionError), dispatcher.expect(Lane.BATCH, 4), dispatcher.expect(Lane.ONLINE, 1):
+                raise ConnectionError
+            with dispatcher.expect(Lane.BATCH, 3), pytest.raises(Busy), dispatcher.expect(Lane.BATCH, 2):
+                raise AssertionError("there is no room")
+            with dispatcher.expect(Lane.BATCH, 4):
+                pass
+            _check(await dispatcher.submit(Lane.BATCH, _images(1, 2, 3, 4), 1), 1, 2, 3, 4)
+
+    _run(test())
+
+
 def test_counters_tell_the_images_that_were_scored() -> None:
     async def test() -> None:
         async with _running(Checksums()) as dispatcher:
@@ -282,6 +386,22 @@ def test_counters_tell_the_images_that_were_scored() -> None:
             with pytest.raises(ArithmeticError):
                 await dispatcher.submit(Lane.ONLINE, _images(BAD), 1)
             assert dispatcher.images == {Lane.ONLINE: 2, Lane.BATCH: 9}
+            assert dispatcher.steps == 4
+
+    _run(test())
+
+
+def test_the_time_that_the_model_is_busy_is_counted_once() -> None:
+    class Sleeper(Checksums):
+        def _score(self, images_NHWC: np.ndarray, top_k: int) -> Scores:
+            time.sleep(0.02)
+            return super()._score(images_NHWC, top_k)
+
+    async def test() -> None:
+        async with _running(Sleeper(), step_ms=FAST_MS) as dispatcher:
+            started = time.monotonic()
+            await dispatcher.submit(Lane.BATCH, _images(*range(20)), 1)
+            assert 0.1 <= dispatcher.busy_s <= time.monotonic() - started
 
     _run(test())
 
@@ -289,7 +409,7 @@ def test_counters_tell_the_images_that_were_scored() -> None:
 def test_requests_that_wait_when_the_loop_ends_are_told_to_go_elsewhere() -> None:
     async def test() -> None:
         model = Checksums(blocks=True)
-        dispatcher = Dispatcher(model, LaneLimits(max_step=1))
+        dispatcher = Dispatcher(model, LaneLimits(max_step=1), _times(1))
         loop = asyncio.create_task(dispatcher.run())
         tasks = [asyncio.create_task(dispatcher.submit(lane, _images(1, 2), 1)) for lane in Lane]
         assert await asyncio.to_thread(model.entered.acquire, timeout=10)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -23,13 +25,15 @@ from PIL import Image
 
 from jobs.corpus import digits, encode
 from jobs.spec import JobPaths
-from pipeline.shards import FORMATS, Format
-from pipeline.storage import Store, open_store
+from pipeline.shards import Format
+from pipeline.storage import open_store
 from tests.check import Best, check_output, read_output
 from tests.cluster import OPEN, clean_environment
-from tests.command import MODEL, TOP_K, submit
-from tests.corpora import parquet_of, tar_of, write_corpus
+from tests.command import MODEL, TOP_K, Done, submit
+from tests.conftest import lead_to_store, new_bucket
+from tests.corpora import parquet_of, write_corpus
 from tests.images import bad_images, real_images
+from tests.stores import Radosgw
 
 
 @pytest.fixture(scope="module")
@@ -54,75 +58,120 @@ def expected(images: dict[str, bytes]) -> dict[str, Best]:
     return answers
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_every_format_is_scored_from_every_store_as_transformers_scores_it(
-    format: Format, store: Store, address: str, endpoint: str, images: dict[str, bytes], expected: dict[str, Best]
+@dataclass(frozen=True)
+class Scored:
+    """A job that was run: where its input and output are, the keys of its images by file name, and what was told."""
+
+    source: str
+    target: str
+    keys: dict[str, str]
+    done: Done
+
+
+@pytest.fixture(scope="module")
+def scored(
+    tmp_path_factory: pytest.TempPathFactory, address: str, endpoint: str, images: dict[str, bytes], moto_port: int,
+    radosgw: Radosgw,
+) -> dict[Format, Scored]:  # fmt: skip
+    """A job for each format, each in a store of another kind: tars in a folder, files in the real S3 store."""
+    ports: dict[Format, int | None] = {"tar": None, "parquet": moto_port, "images": radosgw.port}
+    jobs: dict[Format, Scored] = {}
+    for format, port in ports.items():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if port is None:
+                url = str(tmp_path_factory.mktemp("scored"))
+            else:
+                lead_to_store(monkeypatch, port)
+                url = f"s3://{new_bucket()}"
+            source, target = open_store(f"{url}/in"), f"{url}/out"
+            keys = write_corpus(source, format, images)
+            jobs[format] = Scored(source.url, target, keys, submit(address, source.url, target))
+    return jobs
+
+
+@pytest.fixture
+def in_moto(moto_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lead_to_store(monkeypatch, moto_port)
+
+
+@pytest.fixture
+def in_radosgw(radosgw: Radosgw, monkeypatch: pytest.MonkeyPatch) -> None:
+    lead_to_store(monkeypatch, radosgw.port)
+
+
+def test_tars_in_a_folder_are_scored_as_transformers_scores_them(
+    scored: dict[Format, Scored], expected: dict[str, Best]
 ) -> None:
-    source, target = open_store(f"{store.url}/in"), f"{store.url}/out"
-    keys = write_corpus(source, format, images)
+    _check_scored(scored["tar"], expected)
 
-    done = submit(address, source.url, target)
 
-    assert done.code == 0, done.err
-    output = check_output(target, keys.values(), {keys[name]: best for name, best in expected.items()})
-    bad = sum(name.startswith("bad") for name in images)
-    assert (done.json["images"], done.json["errors"]) == (len(images), bad)
+@pytest.mark.usefixtures("in_moto")
+def test_parquet_in_an_emulated_store_is_scored_as_transformers_scores_it(
+    scored: dict[Format, Scored], expected: dict[str, Best]
+) -> None:
+    _check_scored(scored["parquet"], expected)
+
+
+@pytest.mark.usefixtures("in_radosgw")
+def test_files_in_a_real_store_are_scored_as_transformers_scores_them(
+    scored: dict[Format, Scored], expected: dict[str, Best]
+) -> None:
+    _check_scored(scored["images"], expected)
+
+
+def _check_scored(job: Scored, expected: dict[str, Best]) -> None:
+    assert job.done.code == 0, job.done.err
+    output = check_output(job.target, job.keys.values(), {job.keys[name]: best for name, best in expected.items()})
+    bad = sum(name.startswith("bad") for name in job.keys)
+    assert (job.done.json["images"], job.done.json["errors"]) == (len(job.keys), bad)
     assert output.errors.num_rows == bad
     assert set(output.errors.column("stage").to_pylist()) == {"decode"}
     assert all(output.errors.column("error").to_pylist())
 
 
 def test_batch_and_online_give_the_same_numbers_from_the_same_actors(
-    address: str, endpoint: str, images: dict[str, bytes], tmp_path: Path
+    scored: dict[Format, Scored], endpoint: str, images: dict[str, bytes]
 ) -> None:
-    good = {name: data for name, data in images.items() if name.startswith("good")}
-    keys = write_corpus(open_store(str(tmp_path / "in")), "images", good)
-
-    done = submit(address, str(tmp_path / "in"), str(tmp_path / "out"))
-    batch = read_output(str(tmp_path / "out")).best()
+    job = scored["tar"]
+    batch = read_output(job.target).best()
 
     replicas = set()
-    for name, data in good.items():
-        response = httpx.post(f"{endpoint}/predict", params={"top_k": TOP_K}, content=data).raise_for_status()
-        labels, scores = batch[keys[name]]
+    for name in [name for name in images if name.startswith("good")]:
+        response = httpx.post(f"{endpoint}/predict", params={"top_k": TOP_K}, content=images[name]).raise_for_status()
+        labels, scores = batch[job.keys[name]]
         assert [one["label"] for one in response.json()] == labels, name
         assert [one["score"] for one in response.json()] == pytest.approx(scores, abs=1e-6), name
         replicas.add(response.headers["x-tandem-replica"])
-    assert set(done.json["replicas"]) == replicas
+    assert set(job.done.json["replicas"]) == replicas
 
 
 def test_what_stands_beside_an_image_is_carried_along(address: str, endpoint: str, tmp_path: Path) -> None:
     some = {f"{digit.key}.png": encode(digit)[1] for digit in digits()[:6]}
-    tars, tables = open_store(str(tmp_path / "tars")), open_store(str(tmp_path / "tables"))
-    tars.write("a.tar", tar_of(some))
+    tables = open_store(str(tmp_path / "in"))
     tables.write("a.parquet", parquet_of(some))
 
-    assert submit(address, tars.url, str(tmp_path / "out1"), "--carry", "txt").code == 0
-    assert submit(address, tables.url, str(tmp_path / "out2"), "--carry", "label").code == 0
+    assert submit(address, tables.url, str(tmp_path / "out"), "--carry", "label").code == 0
 
-    assert pq.read_table(tmp_path / "out1" / "a.parquet").column("txt").to_pylist() == list(some)
-    table = pq.read_table(tmp_path / "out2" / "a.parquet")
+    table = pq.read_table(tmp_path / "out" / "a.parquet")
     assert table.column("input_label").to_pylist() == list(range(6))
     assert table.schema.field("input_label").type == pa.int64()
 
 
 def test_an_unfinished_job_goes_on_and_a_finished_one_is_not_done_again(
-    address: str, endpoint: str, images: dict[str, bytes], tmp_path: Path
+    scored: dict[Format, Scored], address: str, tmp_path: Path
 ) -> None:
-    source, target = open_store(str(tmp_path / "in")), str(tmp_path / "out")
-    keys = write_corpus(source, "tar", images)
-    first = submit(address, source.url, target).json
-    before = check_output(target, keys.values())
-    store = open_store(target)
-    store.delete([JobPaths.SUCCESS, "part-001.parquet"])
+    job, target = scored["tar"], str(tmp_path / "out")
+    shutil.copytree(job.target, target)
+    first, before = job.done.json, check_output(target, job.keys.values())
+    open_store(target).delete([JobPaths.SUCCESS, "part-001.parquet"])
 
-    second = submit(address, source.url, target).json
-    third = submit(address, source.url, target).json
+    second = submit(address, job.source, target).json
+    third = submit(address, job.source, target).json
 
     assert (first["resumed"], second["resumed"], third["resumed"]) == (0, first["shards"] - 1, first["shards"])
     assert 0 < second["images"] < first["images"]
     assert third["images"] == 0
-    assert check_output(target, keys.values()).scores.equals(before.scores)
+    assert check_output(target, job.keys.values()).scores.equals(before.scores)
 
 
 def test_an_output_that_is_not_this_jobs_is_refused_with_the_difference(
@@ -159,19 +208,15 @@ def test_a_job_with_too_many_bad_images_stops_and_goes_on_when_more_are_allowed(
     check_output(target, keys.values())
 
 
-def test_the_output_is_read_by_the_tools_that_people_have(
-    address: str, endpoint: str, images: dict[str, bytes], tmp_path: Path
-) -> None:
-    source, target = open_store(str(tmp_path / "in")), str(tmp_path / "out")
-    write_corpus(source, "tar", images)
-    report = submit(address, source.url, target).json
+def test_the_output_is_read_by_the_tools_that_people_have(scored: dict[Format, Scored]) -> None:
+    target, report = scored["tar"].target, scored["tar"].done.json
     rows = report["images"] - report["errors"]
 
     assert len(pd.read_parquet(target)) == rows
     counted = duckdb.execute("select count(*) from read_parquet(?)", [f"{target}/*.parquet"]).fetchone()
     assert counted == (rows,)
     assert daft.read_parquet(f"{target}/*.parquet").count_rows() == rows
-    shard = pq.ParquetFile(tmp_path / "out" / "part-000.parquet")
+    shard = pq.ParquetFile(f"{target}/part-000.parquet")
     assert shard.schema_arrow.names == ["key", "shard", "row", "label", "score", "labels", "scores"]
     metadata = {key.decode(): value.decode() for key, value in shard.schema_arrow.metadata.items()}
     assert metadata["tandem.model"] == MODEL
@@ -181,14 +226,11 @@ def test_the_output_is_read_by_the_tools_that_people_have(
     assert f"rows {rows}" in _python(script)
 
 
-def test_pyarrow_reads_the_output_by_the_same_environment(address: str, endpoint: str, radosgw_bucket: str) -> None:
-    store = open_store(f"s3://{radosgw_bucket}/in")
-    store.write("a.tar", tar_of({f"{digit.key}.png": encode(digit)[1] for digit in digits()[:20]}))
-
-    assert submit(address, store.url, f"s3://{radosgw_bucket}/out").code == 0
-
-    script = f"import pyarrow.parquet as pq; print('rows', len(pq.read_table('s3://{radosgw_bucket}/out/')))"
-    assert "rows 20" in _python(script)
+@pytest.mark.usefixtures("in_radosgw")
+def test_pyarrow_reads_the_output_by_the_same_environment(scored: dict[Format, Scored]) -> None:
+    target, report = scored["images"].target, scored["images"].done.json
+    script = f"import pyarrow.parquet as pq; print('rows', len(pq.read_table('{target}/')))"
+    assert f"rows {report['images'] - report['errors']}" in _python(script)
 
 
 def test_wrong_input_model_and_address_fail_in_one_line(

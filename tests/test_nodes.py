@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,14 +16,14 @@ from tests.faults import Corpus, actors, committing, wait_for, workers, write_di
 from tests.stores import ACCESS_KEY, SECRET_KEY, Radosgw, free_ports
 
 NODE_CPUS = 3
-REPLICA_CPUS = 2  # so that each node has room for one, and for some tasks beside it
+REPLICA_CPUS = 2  # so that head and node have room for one each, and for some tasks beside it
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, demo: Demo) -> Iterator[Cluster]:
-    """A head without room for a replica; the demo has run before, as only one Ray may be on the machine."""
+    """A head; the demo has run before, as only one Ray may be on the machine."""
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
-    with ray_cluster(tmp_path_factory.mktemp("ray"), keys, cpus=1) as cluster:
+    with ray_cluster(tmp_path_factory.mktemp("ray"), keys, cpus=NODE_CPUS) as cluster:
         yield cluster
 
 
@@ -38,7 +37,7 @@ def corpus(radosgw: Radosgw, demo: Demo, monkeypatch: pytest.MonkeyPatch) -> Cor
 def test_a_node_that_dies_with_a_replica_and_tasks_costs_no_image(
     cluster: Cluster, corpus: Corpus, tmp_path: Path
 ) -> None:
-    started = {name: cluster.start_node(NODE_CPUS, name) for name in ("first", "second")}
+    node = cluster.start_node(NODE_CPUS, "node")
     (tmp_path / "pool.yaml").write_text(f"pool: {{replicas: 2, cpus: {REPLICA_CPUS}}}")
     config, (port,) = str(tmp_path / "pool.yaml"), free_ports(1)
     served = tandem("serve", "--model", MODEL, "--port", str(port), "--config", config, "--address", cluster.address)
@@ -47,21 +46,18 @@ def test_a_node_that_dies_with_a_replica_and_tasks_costs_no_image(
 
     with submitting(cluster.address, corpus.url, target.url) as process:
         wait_for(committing, target)
-        victim = _busy(cluster, started)
-        kill_node(victim)
+        assert _is_busy(cluster, "node")
+        kill_node(node)
         _, err = process.communicate(timeout=170)
 
     assert process.returncode == 0, err
     check_output(target.url, corpus.keys, corpus.undisturbed)
 
 
-def _busy(cluster: Cluster, started: dict[str, subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-    """A node that holds a replica of the pool and workers of the job."""
-    places = cluster.nodes()
-    for name, node in started.items():
-        replicas = [one for one in actors(cluster.address) if one["class_name"].startswith("ServeReplica:tandem-pool")]
-        held = [one for one in replicas if one["node_id"] == places[name]]
-        tasks = [one for one in workers(cluster.address) if one["node_id"] == places[name]]
-        if held and len(tasks) > len(held):
-            return node
-    raise AssertionError("no node holds a replica and tasks")
+def _is_busy(cluster: Cluster, name: str) -> bool:
+    """Whether the node holds a replica of the pool and workers of the job."""
+    node = cluster.nodes()[name]
+    replicas = [one for one in actors(cluster.address) if one["class_name"].startswith("ServeReplica:tandem-pool")]
+    held = [one for one in replicas if one["node_id"] == node]
+    tasks = [one for one in workers(cluster.address) if one["node_id"] == node]
+    return bool(held) and len(tasks) > len(held)

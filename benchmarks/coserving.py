@@ -1,0 +1,275 @@
+"""What a batch job that saturates the pool does to online requests, and what online leaves to it.
+
+    python benchmarks/coserving.py                    # the frontier: minutes for each load; writes results and plots
+    python benchmarks/coserving.py --quick --json     # the 10 % load alone, under 3 minutes
+
+The accelerators are simulated, so that two cores can tell the truth about scheduling: a step of n images takes
+0.6 + 0.11 n ms, as ViT-B/16 does on an H200, and no CPU. Everything else is the real thing: Serve, handles, replicas,
+both lanes, chunks by reference. Time is stretched, so that the rate of requests stays within what the cores serve; all
+times that are printed are in stretched time.
+
+Four ways to serve both kinds of work on the same two accelerators, interleaved in one run:
+
+    alone    online requests, and no job
+    tandem   both lanes on both accelerators
+    fifo     the same replicas with one queue, as `@serve.batch` has
+    split    one accelerator for online, the other for the job
+
+Online load is open: requests come at random (Poisson) at the times that were drawn, whether or not earlier ones were
+answered, and their latency counts from then. The job keeps its window of chunks full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script, and uses what the tests do
+
+from benchmarks.results import write_results
+from deployments.cluster import local_ray, own_ray, start_serve
+from pipeline.dispatcher import Dispatcher, Scores
+from pipeline.lanes import Lane, LaneLimits
+from pipeline.steps import StepTimes
+
+FIXED_MS, IMAGE_MS, MAX_STEP = 0.6, 0.11, 128
+CAPACITY_PER_MS = MAX_STEP / (FIXED_MS + IMAGE_MS * MAX_STEP)
+ACCELERATORS = 2
+CHUNK, WINDOW = 256, 3  # images; chunks that the job keeps at each of its accelerators
+REQUESTS_PER_S = 60.0  # what two cores generate and serve without being what is measured
+IMAGE = np.zeros((1, 8, 8, 3), np.uint8)
+ARMS = ("alone", "tandem", "fifo", "split")
+
+
+class Accelerator:
+    """A device that works on one step after another, in stretched time, and uses no CPU."""
+
+    def __init__(self, stretch: float) -> None:
+        self._stretch, self._free_s = stretch, 0.0
+
+    def launch(self, images: Sequence[np.ndarray], top_k: int) -> Callable[[], Scores]:
+        """See `pipeline.dispatcher.Model`."""
+        count = sum(map(len, images))
+        ends_s = self._free_s = max(self._free_s, time.monotonic()) + self._stretch * step_ms(count) / 1e3
+
+        def scores() -> Scores:
+            time.sleep(max(0.0, ends_s - time.monotonic()))
+            return Scores(np.zeros((count, top_k), np.int32), np.zeros((count, top_k), np.float32))
+
+        return scores
+
+
+def step_ms(images: int) -> float:
+    """The ms of a step, before stretching."""
+    return FIXED_MS + IMAGE_MS * images
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an arm is measured at. `online_step_ms` is in the model's time."""
+
+    load: float
+    online_step_ms: float
+    seconds: float
+
+    @property
+    def stretch(self) -> float:
+        """By how much time is stretched for requests to come at `REQUESTS_PER_S`."""
+        return self.load * ACCELERATORS * CAPACITY_PER_MS * 1e3 / REQUESTS_PER_S
+
+
+@contextmanager
+def pools(setting: Setting, name: str, *, fifo: bool) -> Iterator[list[Any]]:
+    """A handle to each accelerator: a pool of the real replicas, with the model simulated."""
+    from ray import serve
+
+    from deployments.pool import DEPLOYMENT, MAX_ONGOING_REQUESTS, ModelReplica
+
+    class Replica(ModelReplica):
+        def _load(self, model: str, config: Any) -> None:
+            limits = LaneLimits(
+                max_step=MAX_STEP,
+                online_step_ms=1e12 if fifo else setting.online_step_ms * setting.stretch,
+                max_batch_backlog=WINDOW * CHUNK,
+                max_online_backlog=10**6,
+            )
+            times = StepTimes(MAX_STEP, {n: setting.stretch * step_ms(n) for n in (1, MAX_STEP)})
+            self._info = None  # type: ignore[assignment]
+            self._dispatcher = Dispatcher(Accelerator(setting.stretch), limits, times)
+
+        async def score_online(self, images_NHWC: np.ndarray, top_k: int, within_s: float) -> Any:
+            if not fifo:
+                return await super().score_online(images_NHWC, top_k, within_s)
+            await self._dispatcher.submit(Lane.BATCH, images_NHWC, top_k)
+            return None
+
+        async def stats(self) -> dict[str, Any]:
+            return {**await super().stats(), "busy_s": self._dispatcher.busy_s, "at_s": time.monotonic()}
+
+    names = [f"{name}-{number}" for number in range(ACCELERATORS)]
+    options = {"num_cpus": 0.1}
+    deployment = serve.deployment(
+        name=DEPLOYMENT, ray_actor_options=options, max_ongoing_requests=MAX_ONGOING_REQUESTS
+    )(Replica)
+    serve.run_many([serve.RunTarget(deployment.bind("", None), name=name, route_prefix=None) for name in names])
+    try:
+        yield [serve.get_deployment_handle(DEPLOYMENT, name) for name in names]
+    finally:
+        for name in names:
+            serve.delete(name)
+
+
+async def measure(arm: str, setting: Setting, handles: list[Any], seed: int) -> dict[str, Any]:
+    """One arm for `setting.seconds`, after a tenth of that to warm up."""
+    online = handles[:1] if arm == "split" else handles
+    batch = {"alone": [], "split": handles[1:]}.get(arm, handles)
+    warm_s = setting.seconds / 10
+    scored: list[tuple[float, int]] = []
+    job = [asyncio.create_task(keep_busy(handle, scored)) for handle in batch for _ in range(WINDOW)]
+    before = [await handle.stats.remote() for handle in handles]
+    started_s = time.monotonic()
+    latencies_ms = await crowd(setting, online, warm_s, seed)
+    ended_s = time.monotonic()
+    after = [await handle.stats.remote() for handle in handles]
+    for task in job:
+        task.cancel()
+    await asyncio.gather(*job, return_exceptions=True)
+    images = sum(count for at_s, count in scored if started_s + warm_s <= at_s <= ended_s)
+    capacity = ACCELERATORS * CAPACITY_PER_MS * 1e3 / setting.stretch
+    free = (1 - setting.load) * capacity
+    busy_s = sum(late["busy_s"] - early["busy_s"] for early, late in zip(before, after, strict=True))
+    watched_s = sum(late["at_s"] - early["at_s"] for early, late in zip(before, after, strict=True))
+    return {
+        "requests": len(latencies_ms),
+        **{f"p{name}_ms": percentile(latencies_ms, share) for name, share in SHARES.items()},
+        "batch_share_of_free": round(images / (ended_s - started_s - warm_s) / free, 3),
+        "busy_share": round(busy_s / watched_s, 4),
+    }
+
+
+async def crowd(setting: Setting, handles: list[Any], warm_s: float, seed: int) -> list[float]:
+    """Sends requests at random times, and gives the ms that each took from the time it was due."""
+    rng, tasks = random.Random(seed), []
+    start_s = time.monotonic() + 0.1
+    due_s = start_s
+    while (due_s := due_s + rng.expovariate(REQUESTS_PER_S)) < start_s + setting.seconds:
+        await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+        tasks.append(asyncio.create_task(ask(rng.choice(handles), due_s)))
+    took_ms = await asyncio.gather(*tasks)
+    return [one for due_s, one in took_ms if due_s >= start_s + warm_s]
+
+
+async def ask(handle: Any, due_s: float) -> tuple[float, float]:
+    """When the request was due, and the ms from then to its answer."""
+    await handle.score_online.remote(IMAGE, 1, 1e9)
+    return due_s, (time.monotonic() - due_s) * 1e3
+
+
+async def keep_busy(handle: Any, scored: list[tuple[float, int]]) -> None:
+    """One place in the job's window: one chunk after another."""
+    import ray
+
+    chunk = ray.put(np.zeros((CHUNK, 8, 8, 3), np.uint8))
+    while True:
+        await handle.score_batch.remote({"chunk": chunk}, CHUNK, 1)
+        scored.append((time.monotonic(), CHUNK))
+
+
+SHARES = {"50": 0.5, "99": 0.99, "99_9": 0.999}
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value that `share` of them, 0 to 1, do not pass."""
+    return round(sorted(values)[min(len(values) - 1, int(share * len(values)))], 1)
+
+
+def run(setting: Setting, rounds: int) -> dict[str, dict[str, Any]]:
+    """All arms at one setting, interleaved: of each, the medians of its rounds, and the spread of the p99."""
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    with pools(setting, "lanes", fifo=False) as lanes, pools(setting, "fifo", fifo=True) as fifo:
+        for number in range(rounds):
+            for arm in ARMS:
+                handles = fifo if arm == "fifo" else lanes
+                found[arm].append(asyncio.run(measure(arm, setting, handles, seed=number)))
+    return {arm: summary(results) for arm, results in found.items()}
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    medians = {name: round(statistics.median(one[name] for one in results), 4) for name in results[0]}
+    return {**medians, "p99_ms_of_rounds": [one["p99_ms"] for one in results]}
+
+
+def table(setting: Setting, arms: dict[str, dict[str, Any]]) -> str:
+    """A few lines for people."""
+    step = setting.online_step_ms * setting.stretch
+    lines = [
+        f"online load {setting.load:.0%}, online_step_ms {setting.online_step_ms:g} (stretched {setting.stretch:.1f} "
+        f"times: {step:.0f} ms)"
+    ]
+    for arm, one in arms.items():
+        added = (one["p99_ms"] - arms["alone"]["p99_ms"]) / step
+        lines.append(
+            f"  {arm:7} p50 {one['p50_ms']:7.0f}  p99 {one['p99_ms']:7.0f}  p99.9 {one['p99_9_ms']:7.0f} ms   added "
+            f"{added:5.2f} steps   batch {one['batch_share_of_free']:.3f} of free   busy {one['busy_share']:.3f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the 10 %% load at the default step, one round")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.01, 0.1, 0.3, 0.6])
+    parser.add_argument("--steps", type=float, nargs="+", default=[4.0, 8.0, 16.0], help="values of online_step_ms")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each arm, in each round")
+    options = parser.parse_args()
+    if options.quick:
+        options.loads, options.steps, options.rounds, options.seconds = [0.1], [8.0], 1, 28.0
+    own_ray()
+    results = []
+    with local_ray():
+        start_serve(http=False)
+        for load in options.loads:
+            for step in options.steps:
+                setting = Setting(load, step, options.seconds)
+                arms = run(setting, options.rounds)
+                print(table(setting, arms), flush=True)
+                results.append(
+                    {"load": load, "online_step_ms": step, "stretch": round(setting.stretch, 2), "arms": arms}
+                )
+    if not options.quick:
+        write_results("coserving", {"rounds": options.rounds, "seconds": options.seconds, "settings": results})
+    if options.json:
+        print(json.dumps(headline(results[-1])))
+
+
+def headline(result: dict[str, Any]) -> dict[str, Any]:
+    """What is promised, at one setting; times are stretched."""
+    arms = result["arms"]
+    return {
+        "online_load": result["load"],
+        "online_step_ms": round(result["online_step_ms"] * result["stretch"], 1),
+        "p99_alone_ms": arms["alone"]["p99_ms"],
+        "p99_under_job_ms": arms["tandem"]["p99_ms"],
+        "p99_fifo_ms": arms["fifo"]["p99_ms"],
+        "p99_split_ms": arms["split"]["p99_ms"],
+        "batch_share_of_free": arms["tandem"]["batch_share_of_free"],
+        "busy_share": arms["tandem"]["busy_share"],
+    }
+
+
+if __name__ == "__main__":
+    main()
