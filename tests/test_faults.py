@@ -69,8 +69,18 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     disk.close()
 
 
-def test_a_driver_that_is_killed_is_followed_by_one_that_goes_on(address: str, corpus: Corpus, tmp_path: Path) -> None:
+def test_drivers_that_are_told_to_stop_and_killed_are_followed_by_one_that_goes_on(
+    address: str, corpus: Corpus, tmp_path: Path
+) -> None:
     target = open_store(str(tmp_path / "out"))
+    with submitting(address, corpus.url, target.url) as process:
+        wait_for(committing, target)
+        os.kill(driver(target), signal.SIGTERM)
+        _, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 1
+    assert "the job was stopped; submit it again to go on with it" in err
+    assert not json.loads(target.read(JobPaths.lease(1)))["held"]  # so that the next one need not wait
+
     with submitting(address, corpus.url, target.url) as process:
         wait_for(nearly_done, target)  # other moments, and exactly: test_store_faults.py
         os.kill(driver(target), signal.SIGKILL)
@@ -85,22 +95,6 @@ def test_a_driver_that_is_killed_is_followed_by_one_that_goes_on(address: str, c
     committed = sum(name.endswith(".parquet") for name in before)
     assert again.json["resumed"] >= committed  # the outputs that stood were not done again
     assert JobPaths.SUCCESS not in before
-
-
-def test_a_driver_that_is_told_to_stop_ends_cleanly_and_can_be_followed_at_once(
-    address: str, corpus: Corpus, tmp_path: Path
-) -> None:
-    target = open_store(str(tmp_path / "out"))
-    with submitting(address, corpus.url, target.url) as process:
-        wait_for(committing, target)
-        os.kill(driver(target), signal.SIGTERM)
-        _, err = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 1
-    assert "the job was stopped; submit it again to go on with it" in err
-    assert not json.loads(target.read(JobPaths.lease(1)))["held"]
-
-    assert submit(address, corpus.url, target.url).code == 0
-    check_output(target.url, corpus.keys, corpus.undisturbed)
 
 
 def test_ctrl_c_ends_the_following_and_not_the_job(address: str, corpus: Corpus, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fastapi.openapi.models import OpenAPI
 from deployments import web
 from deployments.config import EndpointConfig
 from deployments.web import REPLICA_HEADER, build_app
-from pipeline.errors import Busy, ImageError, ModelError, PoolError
+from pipeline.errors import Busy, Expired, ImageError, ModelError, PoolError
 from pipeline.model_info import ModelInfo
 from pipeline.transform import ImageTransform
 
@@ -110,9 +110,11 @@ def test_an_empty_body_is_told_what_to_send() -> None:
 
 
 def test_a_full_lane_says_when_to_come_again() -> None:
-    response = _ask(_raises(Busy("the online lane is full")), "POST", "/predict", content=b"cat")
-    assert _problem(response, 503) == "the online lane is full; try again"
-    assert int(response.headers["retry-after"]) >= 1
+    for retry_after_s, told in ((0.0, "1"), (0.3, "1"), (2.1, "3")):
+        busy = Busy("the online lane is full", retry_after_s)
+        response = _ask(_raises(busy), "POST", "/predict", content=b"cat")
+        assert _problem(response, 503) == "the online lane is full; try again"
+        assert response.headers["retry-after"] == told
 
 
 def test_a_pool_that_fails_is_unavailable() -> None:
@@ -121,7 +123,8 @@ def test_a_pool_that_fails_is_unavailable() -> None:
 
 
 def test_an_answer_that_takes_too_long_is_a_timeout() -> None:
-    assert "within 0.05 s" in _problem(_ask(_hangs(), "POST", "/predict", content=b"cat"), 504)
+    for scorer in (_hangs(), _raises(Expired("the deadline passed"))):
+        assert "within 0.05 s" in _problem(_ask(scorer, "POST", "/predict", content=b"cat"), 504)
 
 
 def test_an_unforeseen_error_is_answered_in_form_and_told_in_the_log_only(caplog: pytest.LogCaptureFixture) -> None:
