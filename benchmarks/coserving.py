@@ -49,6 +49,7 @@ CAPACITY_PER_MS = MAX_STEP / (FIXED_MS + IMAGE_MS * MAX_STEP)
 ACCELERATORS = 2
 CHUNK, WINDOW = 256, 3  # images; chunks that the job keeps at each of its accelerators
 REQUESTS_PER_S = 60.0  # what two cores generate and serve without being what is measured
+WARM_S = 11.0  # until an accelerator has forgotten the online requests of the arm before
 IMAGE = np.zeros((1, 8, 8, 3), np.uint8)
 ARMS = ("alone", "tandem", "fifo", "split")
 
@@ -102,7 +103,7 @@ def pools(setting: Setting, name: str, *, fifo: bool) -> Iterator[list[Any]]:
             limits = LaneLimits(
                 max_step=MAX_STEP,
                 online_step_ms=1e12 if fifo else setting.online_step_ms * setting.stretch,
-                max_batch_backlog=WINDOW * CHUNK,
+                max_batch_backlog=10**6,
                 max_online_backlog=10**6,
             )
             times = StepTimes(MAX_STEP, {n: setting.stretch * step_ms(n) for n in (1, MAX_STEP)})
@@ -114,9 +115,6 @@ def pools(setting: Setting, name: str, *, fifo: bool) -> Iterator[list[Any]]:
                 return await super().score_online(images_NHWC, top_k, within_s)
             await self._dispatcher.submit(Lane.BATCH, images_NHWC, top_k)
             return None
-
-        async def stats(self) -> dict[str, Any]:
-            return {**await super().stats(), "busy_s": self._dispatcher.busy_s, "at_s": time.monotonic()}
 
     names = [f"{name}-{number}" for number in range(ACCELERATORS)]
     options = {"num_cpus": 0.1}
@@ -132,34 +130,35 @@ def pools(setting: Setting, name: str, *, fifo: bool) -> Iterator[list[Any]]:
 
 
 async def measure(arm: str, setting: Setting, handles: list[Any], seed: int) -> dict[str, Any]:
-    """One arm for `setting.seconds`, after a tenth of that to warm up."""
+    """One arm for `setting.seconds`, of which the first are not counted."""
     online = handles[:1] if arm == "split" else handles
     batch = {"alone": [], "split": handles[1:]}.get(arm, handles)
-    warm_s = setting.seconds / 10
-    scored: list[tuple[float, int]] = []
-    job = [asyncio.create_task(keep_busy(handle, scored)) for handle in batch for _ in range(WINDOW)]
-    before = [await handle.stats.remote() for handle in handles]
-    started_s = time.monotonic()
-    latencies_ms = await crowd(setting, online, warm_s, seed)
-    ended_s = time.monotonic()
-    after = [await handle.stats.remote() for handle in handles]
+    job = [asyncio.create_task(keep_busy(handle)) for handle in batch for _ in range(WINDOW)]
+    asking = asyncio.create_task(crowd(setting, online, seed))
+    await asyncio.sleep(WARM_S)
+    before, started_s = [await handle.stats.remote() for handle in handles], time.monotonic()
+    await asyncio.sleep(setting.seconds - WARM_S)
+    after, ended_s = [await handle.stats.remote() for handle in handles], time.monotonic()
+    latencies_ms = await asking
+    counted_online = len(latencies_ms) if arm == "fifo" else 0  # it has one lane
     for task in job:
         task.cancel()
     await asyncio.gather(*job, return_exceptions=True)
-    images = sum(count for at_s, count in scored if started_s + warm_s <= at_s <= ended_s)
+    images = sum(late["batch"]["scored"] - early["batch"]["scored"] for early, late in zip(before, after, strict=True))
+    images -= counted_online
     capacity = ACCELERATORS * CAPACITY_PER_MS * 1e3 / setting.stretch
     free = (1 - setting.load) * capacity
     busy_s = sum(late["busy_s"] - early["busy_s"] for early, late in zip(before, after, strict=True))
-    watched_s = sum(late["at_s"] - early["at_s"] for early, late in zip(before, after, strict=True))
+    watched_s = ended_s - started_s
     return {
         "requests": len(latencies_ms),
         **{f"p{name}_ms": percentile(latencies_ms, share) for name, share in SHARES.items()},
-        "batch_share_of_free": round(images / (ended_s - started_s - warm_s) / free, 3),
-        "busy_share": round(busy_s / watched_s, 4),
+        "batch_share_of_free": round(images / watched_s / free, 3),
+        "busy_share": round(busy_s / watched_s / ACCELERATORS, 4),
     }
 
 
-async def crowd(setting: Setting, handles: list[Any], warm_s: float, seed: int) -> list[float]:
+async def crowd(setting: Setting, handles: list[Any], seed: int) -> list[float]:
     """Sends requests at random times, and gives the ms that each took from the time it was due."""
     rng, tasks = random.Random(seed), []
     start_s = time.monotonic() + 0.1
@@ -168,7 +167,7 @@ async def crowd(setting: Setting, handles: list[Any], warm_s: float, seed: int) 
         await asyncio.sleep(max(0.0, due_s - time.monotonic()))
         tasks.append(asyncio.create_task(ask(rng.choice(handles), due_s)))
     took_ms = await asyncio.gather(*tasks)
-    return [one for due_s, one in took_ms if due_s >= start_s + warm_s]
+    return [one for due_s, one in took_ms if due_s >= start_s + WARM_S]
 
 
 async def ask(handle: Any, due_s: float) -> tuple[float, float]:
@@ -177,14 +176,13 @@ async def ask(handle: Any, due_s: float) -> tuple[float, float]:
     return due_s, (time.monotonic() - due_s) * 1e3
 
 
-async def keep_busy(handle: Any, scored: list[tuple[float, int]]) -> None:
+async def keep_busy(handle: Any) -> None:
     """One place in the job's window: one chunk after another."""
     import ray
 
     chunk = ray.put(np.zeros((CHUNK, 8, 8, 3), np.uint8))
     while True:
         await handle.score_batch.remote({"chunk": chunk}, CHUNK, 1)
-        scored.append((time.monotonic(), CHUNK))
 
 
 SHARES = {"50": 0.5, "99": 0.99, "99_9": 0.999}
@@ -237,7 +235,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of each arm, in each round")
     options = parser.parse_args()
     if options.quick:
-        options.loads, options.steps, options.rounds, options.seconds = [0.1], [8.0], 1, 28.0
+        options.loads, options.steps, options.rounds, options.seconds = [0.1], [8.0], 1, 33.0
     own_ray()
     results = []
     with local_ray():

@@ -111,10 +111,10 @@ class ModelReplica:
             return busy
 
     async def stats(self) -> dict[str, Any]:
-        """This replica's id, and for each lane the images scored so far and those that wait."""
+        """This replica's id, the seconds that its model was busy, and for each lane the images scored and waiting."""
         dispatcher = self._dispatcher
         lanes = {str(lane): {"scored": dispatcher.images[lane], "backlog": dispatcher.backlog(lane)} for lane in Lane}
-        return {"replica": self.replica, **lanes}
+        return {"replica": self.replica, "busy_s": dispatcher.busy_s, **lanes}
 
 
 def app_name(model: str) -> str:

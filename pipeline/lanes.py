@@ -48,7 +48,7 @@ class LaneLimits:
     max_batch_backlog: int = 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Slice(Generic[Token]):
     """Images [start, stop) of the request that `token` stands for."""
 
