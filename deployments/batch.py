@@ -17,6 +17,7 @@ from pipeline.errors import Busy, PoolFailed
 
 ATTEMPTS = 8  # of a chunk whose replica died or was not there
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
+LONGEST_BUSY_S = 1.0  # before a full lane is tried again, and maybe another replica by then
 CALL_TIMEOUT_S = 600.0
 
 
@@ -27,7 +28,7 @@ def score_chunk(pool: DeploymentHandle[Any], images_NHWC: np.ndarray, top_k: int
     the model itself, and for a pool that is not back after `ATTEMPTS` tries.
     """
     chunk = ray.put(images_NHWC)
-    failures, pause_s = 0, FIRST_PAUSE_S
+    failures = 0
     while True:
         try:
             answer = pool.score_batch.remote({"chunk": chunk}, len(images_NHWC), top_k).result(timeout_s=CALL_TIMEOUT_S)
@@ -37,9 +38,10 @@ def score_chunk(pool: DeploymentHandle[Any], images_NHWC: np.ndarray, top_k: int
             failures += 1
             if failures == ATTEMPTS:
                 raise PoolFailed(f"the pool did not answer {ATTEMPTS} times: {error}") from error
+            pause_s = min(FIRST_PAUSE_S * 2**failures, LONGEST_PAUSE_S)
         else:
             if isinstance(answer, Answer):
                 return answer
             assert isinstance(answer, Busy)
+            pause_s = min(max(FIRST_PAUSE_S, answer.retry_after_s), LONGEST_BUSY_S)
         time.sleep(pause_s * random.uniform(0.5, 1.0))
-        pause_s = min(2 * pause_s, LONGEST_PAUSE_S if failures else 1.0)

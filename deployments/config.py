@@ -25,6 +25,10 @@ ENDPOINT_CPUS = 0.1
 class PoolConfig:
     """The model actors.
 
+    `replicas` are always there, and 0 means none while nobody wants any. Online requests may raise them to
+    `max_replicas` (None: as many as there always are, at least one), to keep their share of the replicas' time at
+    `online_share`; jobs to `batch_max_replicas` (None: as many as online requests may).
+
     `gpus` per replica; None means one where the cluster has GPUs, otherwise none. `device` is what torch calls it, or
     "auto". `threads` of torch per replica on a CPU; None means one for each core. `max_step` is in images; None means
     128 on a GPU and 32 on a CPU. `online_step_ms` bounds steps while online requests are about; None means 8 on a GPU
@@ -32,6 +36,11 @@ class PoolConfig:
     """
 
     replicas: int = 1
+    max_replicas: int | None = None
+    batch_max_replicas: int | None = None
+    online_share: float = 0.6
+    upscale_delay_s: float = 10.0
+    downscale_delay_s: float = 300.0
     cpus: float = REPLICA_CPUS
     gpus: float | None = None
     device: str = "auto"
@@ -44,10 +53,26 @@ class PoolConfig:
     startup_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "replicas", "threads", "max_step", "max_online_backlog", "max_batch_backlog")
+        _at_least(self, 1, "max_replicas", "batch_max_replicas", "threads", "max_step")
+        _at_least(self, 1, "max_online_backlog", "max_batch_backlog")
+        _at_least(self, 0, "replicas", "online_share", "upscale_delay_s", "downscale_delay_s")
         _at_least(self, 0, "cpus", "gpus", "online_step_ms", "startup_timeout_s")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise UsageError(f"max_replicas is {self.max_replicas}; it must be at least replicas, {self.replicas}")
+        if not self.online_share:
+            raise UsageError("online_share is 0; it must be more")
         if self.dtype not in get_args(Dtype):
             raise UsageError(f"dtype is {self.dtype!r}; it can be {', '.join(get_args(Dtype))}")
+
+    @property
+    def online_ceiling(self) -> int:
+        """The most replicas that online requests may have."""
+        return self.max_replicas or max(self.replicas, 1)
+
+    @property
+    def ceiling(self) -> int:
+        """The most replicas that there may be."""
+        return max(self.online_ceiling, self.batch_max_replicas or 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve import RunTarget
 from ray.serve.exceptions import RayServeException
 
-from deployments.config import Config, EndpointConfig
-from deployments.pool import CONNECT_TIMEOUT_S, Answer, deploy, pool_handle, wait_running, wait_warm
+from deployments.config import Config, EndpointConfig, PoolConfig
+from deployments.pool import CONNECT_TIMEOUT_S, Answer, Running, deploy, pool_handle, wait_running, wait_warm
 from deployments.web import build_app
 from pipeline.decode import decode_image
 from pipeline.errors import Busy, Expired, ModelError, PoolFailed, TandemError
@@ -35,11 +35,12 @@ class Endpoint:
     """The `Scorer` behind the routes. It starts only once the pool is warm."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, model: str, config: EndpointConfig, startup_timeout_s: float
+        self, model: str, config: EndpointConfig, pool: PoolConfig
     ) -> None:
         self._config = config
+        self._may_sleep = pool.replicas == 0
         self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="tandem-decode")
-        async with asyncio.timeout(startup_timeout_s):
+        async with asyncio.timeout(pool.startup_timeout_s):
             self._info = await self._connect(model)
         await self.score(_blank_image(), 1)  # so that no user's request is the first to take this way
 
@@ -51,14 +52,17 @@ class Endpoint:
         while True:
             self._pool = pool_handle(model)
             with suppress(TimeoutError, PoolFailed):
-                return await asyncio.wait_for(self.describe(), CONNECT_TIMEOUT_S)
+                return await asyncio.wait_for(self._ask(), CONNECT_TIMEOUT_S)
 
     async def describe(self) -> ModelInfo:
-        """The model that the pool holds."""
-        info: ModelInfo | ModelError = await _answer(self._pool.describe.remote)
-        if isinstance(info, ModelError):
-            raise info
-        return info
+        """The model that the pool holds. A pool that may sleep is not woken to tell."""
+        return self._info if self._may_sleep else await self._ask()
+
+    async def _ask(self) -> ModelInfo:
+        running: Running | ModelError = await _answer(self._pool.describe.remote)
+        if isinstance(running, ModelError):
+            raise running
+        return running.info
 
     async def score(self, image: bytes, top_k: int) -> tuple[list[dict[str, Any]], str]:
         """See `Scorer`."""
@@ -117,11 +121,11 @@ def serve_model(model: str, config: Config) -> ModelInfo:
         ray_actor_options={"num_cpus": config.endpoint.cpus},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
     )(Endpoint)
-    application = deployment.bind(model, config.endpoint, config.pool.startup_timeout_s)
+    application = deployment.bind(model, config.endpoint, config.pool)
     deploy(model, config.pool)
     serve.run_many([RunTarget(application, name=APP)], wait_for_applications_running=False)
     try:
-        info = wait_warm(model, config.pool.startup_timeout_s)
+        info = wait_warm(model, config.pool.startup_timeout_s).info
     except TandemError:
         serve.delete(APP)
         raise

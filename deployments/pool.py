@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,12 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import RunTarget
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview
 
+from deployments.autoscaling import BATCH_SHARE, BATCH_STEPS, ONLINE_SHARE
 from deployments.config import PoolConfig
 from pipeline.dispatcher import Dispatcher, Scores
 from pipeline.errors import Busy, Expired, ModelError, PoolFailed
@@ -32,13 +35,16 @@ from pipeline.model_info import ModelInfo
 from pipeline.steps import StepTimes
 
 DEPLOYMENT = "pool"
+ROUTER, POLICY = "deployments.routing.LaneRouter", "deployments.autoscaling.LanePolicy"  # Serve imports them
 MAX_STEP = {"cuda": 128, "cpu": 32}
 ONLINE_STEP_MS = {"cuda": 8.0, "cpu": 50.0}
 # Serve counts both lanes' calls together and makes callers of a full replica wait with back-off, so this must never
 # be what is full: the lanes have bounds of their own.
 MAX_ONGOING_REQUESTS = 10_000
-CONNECT_ATTEMPTS, CONNECT_TIMEOUT_S = 6, 10
+CONNECT_TIMEOUT_S = 10.0
 POLL_S = 0.1
+DRAIN_S = 60.0  # for the chunks in a replica that is to go; what is left is scored elsewhere
+TELL_EVERY_S, LOOK_BACK_S = 2.0, 10.0  # of a replica's load
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,22 @@ class Answer:
     replica: str
 
 
+@dataclass(frozen=True)
+class Running:
+    """A pool that answers: the model that it holds, and how it runs."""
+
+    info: ModelInfo
+    config: PoolConfig
+
+
 class ModelReplica:
     """One model actor."""
 
     async def __init__(self, model: str, config: PoolConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self.replica = serve.get_replica_context().replica_id.unique_id
+        self._config = config
         self._problem: ModelError | None = None
+        self._told_s, self._told_busy_s = time.monotonic(), dict.fromkeys(Lane, 0.0)
         try:
             await asyncio.to_thread(self._load, model, config)
         except ModelError as error:
@@ -70,7 +86,7 @@ class ModelReplica:
         use_threads(config.threads)
         classifier = Classifier(find_checkpoint(model), device=config.device, dtype=config.dtype)
         kind = "cuda" if classifier.device.type == "cuda" else "cpu"
-        max_step = config.max_step or MAX_STEP[kind]
+        max_step = self._max_step = config.max_step or MAX_STEP[kind]
         limits = LaneLimits(
             max_step=max_step,
             online_step_ms=ONLINE_STEP_MS[kind] if config.online_step_ms is None else config.online_step_ms,
@@ -85,9 +101,23 @@ class ModelReplica:
         if self._problem is None and self._loop.done():
             raise PoolFailed(f"the dispatcher of replica {self.replica} ended")
 
-    async def describe(self) -> ModelInfo | ModelError:
-        """The model that this replica holds, or why it holds none."""
-        return self._problem or self._info
+    async def describe(self) -> Running | ModelError:
+        """What this replica holds, or why it holds nothing."""
+        return self._problem or Running(self._info, self._config)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, and read by `deployments.autoscaling`: the load since the last call."""
+        if self._problem:
+            return {}
+        now_s, busy_s = time.monotonic(), dict(self._dispatcher.lane_busy_s)
+        passed_s = max(now_s - self._told_s, 1e-3)
+        online, batch = ((busy_s[lane] - self._told_busy_s[lane]) / passed_s for lane in (Lane.ONLINE, Lane.BATCH))
+        self._told_s, self._told_busy_s = now_s, busy_s
+        return {
+            ONLINE_SHARE: min(1.0, online),
+            BATCH_SHARE: min(1.0, batch),
+            BATCH_STEPS: self._dispatcher.backlog(Lane.BATCH) / self._max_step,
+        }
 
     async def score_online(self, images_NHWC: np.ndarray, top_k: int, within_s: float) -> Answer | Busy | Expired:
         """Scores uint8 images [N, H, W, 3] before any batch image that waits, within that time or not at all."""
@@ -123,7 +153,7 @@ def app_name(model: str) -> str:
     return f"tandem-pool-{slug[:40]}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
-def attach(model: str) -> ModelInfo | None:
+def attach(model: str) -> Running | None:
     """What the running pool of `model` holds, once it is warm, or None where no pool runs. Raises `ModelError`."""
     app = serve.status().applications.get(app_name(model))
     if app is None or app.status == "DELETING":
@@ -131,7 +161,7 @@ def attach(model: str) -> ModelInfo | None:
     return wait_warm(model, PoolConfig.startup_timeout_s)
 
 
-def bring_up(model: str, config: PoolConfig) -> ModelInfo:
+def bring_up(model: str, config: PoolConfig) -> Running:
     """Deploys the pool of `model`, or changes a running one to `config`, and waits until it is warm.
 
     Raises `ModelError` for a checkpoint that does not load, `PoolFailed` for replicas that do not come up.
@@ -142,39 +172,67 @@ def bring_up(model: str, config: PoolConfig) -> ModelInfo:
 
 def deploy(model: str, config: PoolConfig) -> None:
     """Has Serve start the pool, and does not wait for it."""
+    scaling = _autoscaling(config) if config.ceiling > config.replicas else None
+    router = RequestRouterConfig(request_router_class=ROUTER)  # type: ignore[arg-type]  # it is told wrong of itself
     deployment = serve.deployment(
         name=DEPLOYMENT,
-        num_replicas=config.replicas,
+        num_replicas="auto" if scaling else config.replicas,
+        autoscaling_config=scaling,
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": _gpus(config)},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_constructor_retry_count=3,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        request_router_config=router,
     )(ModelReplica)
     target = RunTarget(deployment.bind(model, config), name=app_name(model), route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
 
 
-def wait_warm(model: str, timeout_s: float) -> ModelInfo:
+def _autoscaling(config: PoolConfig) -> AutoscalingConfig:
+    ceilings = {
+        "max_replicas": config.online_ceiling,
+        "batch_max_replicas": config.batch_max_replicas or config.online_ceiling,
+        "online_share": config.online_share,
+    }
+    policy = AutoscalingPolicy(policy_function=POLICY, policy_kwargs=ceilings)  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # what is to replace the interval is every deployment's
+        return AutoscalingConfig(
+            min_replicas=config.replicas,
+            max_replicas=config.ceiling,
+            upscale_delay_s=config.upscale_delay_s,
+            downscale_delay_s=config.downscale_delay_s,
+            metrics_interval_s=TELL_EVERY_S,
+            look_back_period_s=LOOK_BACK_S,
+            policy=policy,
+        )
+
+
+def wait_warm(model: str, timeout_s: float) -> Running:
     """Waits until the pool of `model` answers. A pool that could not load the model is taken down again."""
+    ends_s = time.monotonic() + timeout_s
     wait_running(app_name(model), timeout_s)
-    _, info = connect(model)
-    if isinstance(info, ModelError):
+    _, running = connect(model, ends_s - time.monotonic())
+    if isinstance(running, ModelError):
         take_down(model)
-        raise info
-    return info
+        raise running
+    return running
 
 
-def connect(model: str) -> tuple[DeploymentHandle[Any], ModelInfo | ModelError]:
-    """A handle to the running pool of `model` that has been answered, and the answer. Raises `PoolFailed`.
+def connect(model: str, timeout_s: float) -> tuple[DeploymentHandle[Any], Running | ModelError]:
+    """A handle to the pool of `model` that has been answered, and the answer. Raises `PoolFailed`.
 
-    A new handle has been seen to find no replica for as long as it was asked, beside others that did; so an answer that
-    does not come is waited for with another handle.
+    It wakes a pool without replicas. A new handle has been seen to find no replica for as long as it was asked, beside
+    others that did; so an answer that does not come is waited for with another handle.
     """
-    for _ in range(CONNECT_ATTEMPTS):
+    ends_s = time.monotonic() + timeout_s
+    while True:
         handle = pool_handle(model)
         with suppress(TimeoutError, RayError, RayServeException):
-            info: ModelInfo | ModelError = handle.describe.remote().result(timeout_s=CONNECT_TIMEOUT_S)
-            return handle, info
-    raise PoolFailed(f"the pool of {model} runs, but did not answer {CONNECT_ATTEMPTS} times in {CONNECT_TIMEOUT_S} s")
+            running: Running | ModelError = handle.describe.remote().result(timeout_s=CONNECT_TIMEOUT_S)
+            return handle, running
+        if time.monotonic() > ends_s:
+            raise PoolFailed(f"the pool of {model} runs, but did not answer in {timeout_s:.0f} s")
 
 
 def take_down(model: str) -> None:

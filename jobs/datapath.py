@@ -6,6 +6,7 @@ the pool, which owns the accelerators. Nothing here raises for a bad image: that
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -39,8 +40,10 @@ from pipeline.transform import ImageTransform
 # ever.
 READ_CPUS, DECODE_CPUS = 0.1, 0.9
 LOWEST_PRIORITY = 19
-CHUNKS_IN_FLIGHT = 4  # of one caller: enough to hide a call's latency, few enough for the replica's lane
+REPLICAS_PER_CALLER = 4
+WINDOW = 3  # chunks under way at each replica: enough to hide a call's latency, few enough for its lane
 SHARDS_AT_ONCE = 2000
+CONNECT_WITHIN_S = 60.0
 CRASHES_TAKEN = 3  # of a task's worker, before its images are what is suspected
 
 _READ = pa.schema(
@@ -74,18 +77,22 @@ class DataPath:
     labels: tuple[str, ...]
     top_k: int
 
-    def receipts(self, work: list[tuple[Shard, frozenset[int]]], callers: int) -> Iterator[Receipt]:
+    def receipts(self, work: list[tuple[Shard, frozenset[int]]], replicas: int) -> Iterator[Receipt]:
         """Scores the shards, except their chunks that are staged already, and yields a receipt for each chunk.
+
+        `replicas` is how many the pool may have: it gets work for all of them, whether or not they are there yet.
 
         One dataset after another, so that what Ray keeps of each task does not grow with the job, and so that each
         finds anew how many decoders the cluster has room for.
         """
         _configure(DataContext.get_current())
         for start in range(0, len(work), SHARDS_AT_ONCE):
-            yield from self._stretch(work[start : start + SHARDS_AT_ONCE], callers)
+            yield from self._stretch(work[start : start + SHARDS_AT_ONCE], replicas)
 
-    def _stretch(self, work: list[tuple[Shard, frozenset[int]]], callers: int) -> Iterator[Receipt]:
+    def _stretch(self, work: list[tuple[Shard, frozenset[int]]], replicas: int) -> Iterator[Receipt]:
         decoders, decode_cpus = _decoders()
+        callers = math.ceil(replicas / REPLICAS_PER_CALLER)
+        in_flight = WINDOW * math.ceil(replicas / callers)
         dataset = (
             ray.data.read_datasource(
                 _Shards(self, work),
@@ -111,8 +118,8 @@ class DataPath:
                 num_cpus=0,
                 compute=ActorPoolStrategy(
                     size=callers,
-                    max_tasks_in_flight_per_actor=CHUNKS_IN_FLIGHT + 2,
-                    max_concurrent_calls_per_actor=CHUNKS_IN_FLIGHT,
+                    max_tasks_in_flight_per_actor=in_flight + 2,
+                    max_concurrent_calls_per_actor=in_flight,
                     enable_true_multi_threading=True,
                 ),
             )
@@ -261,7 +268,7 @@ def _pixels(
 
 
 class _Caller:
-    """Sends chunks to the pool and stages what comes back. Called from `CHUNKS_IN_FLIGHT` threads."""
+    """Sends chunks to the pool and stages what comes back. Called from several threads."""
 
     def __init__(self, path: DataPath) -> None:
         # not with the module, which readers and decoders import too: they would load Serve, for a second each
@@ -269,7 +276,7 @@ class _Caller:
         from deployments.pool import connect
 
         give_way()
-        pool, _ = connect(path.model)
+        pool, _ = connect(path.model, CONNECT_WITHIN_S)
         self._path, self._score_chunk = path, partial(score_chunk, pool)
 
     def __call__(self, table: pa.Table) -> pa.Table:

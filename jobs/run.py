@@ -19,7 +19,7 @@ import pyarrow as pa
 from ray.exceptions import RayError, RayTaskError
 
 from deployments.config import Config
-from deployments.pool import attach, bring_up, take_down
+from deployments.pool import Running, attach, bring_up, take_down
 from jobs.commit import commit_shard
 from jobs.datapath import DataPath, give_way
 from jobs.lease import Fence, Lease
@@ -45,7 +45,6 @@ from pipeline.storage import Store, open_store
 
 COMMITS_AT_ONCE, COMMITS_PENDING = 4, 32
 PROGRESS_EVERY_S = 1.0
-REPLICAS_PER_CALLER = 4
 
 OnProgress = Callable[[Progress], None]
 
@@ -132,15 +131,15 @@ def run_job(
             job = prepare(job.spec)
             if job.report is not None:
                 return job.report
-        with _pool(job.spec.model, config) as info:
+        with _pool(job.spec.model, config) as pool:
             plan = job.plan
             if plan is None:
-                plan = make_plan(job.spec, job.shards, job.carried, info)
+                plan = make_plan(job.spec, job.shards, job.carried, pool.info)
                 lease.check()  # a pool takes its time to come up
                 write_plan(job.store, plan)
-            check_same_model(plan, info, job.spec.output)
+            check_same_model(plan, pool.info, job.spec.output)
             run = _Run(plan, job.store, lease, Ledger(plan.shards, job.names), on_progress)
-            run.score(info, config, max_error_share)
+            run.score(pool, max_error_share)
             return run.finish(time.monotonic() - started)
 
 
@@ -169,7 +168,7 @@ def _probe(store: Store) -> None:
 
 
 @contextmanager
-def _pool(model: str, config: Config) -> Iterator[ModelInfo]:
+def _pool(model: str, config: Config) -> Iterator[Running]:
     """The running pool of the model, or one brought up for as long as the context lasts."""
     if running := attach(model):
         yield running
@@ -193,7 +192,7 @@ class _Run:
         self._commits: dict[Future[None], Shard] = {}
         self._told_s = 0.0
 
-    def score(self, info: ModelInfo, config: Config, max_error_share: float | None) -> None:
+    def score(self, pool: Running, max_error_share: float | None) -> None:
         """Scores and commits all shards that are not committed yet."""
         for shard in self._ledger.leftovers():
             self._store.delete(self._ledger.names(shard))
@@ -204,7 +203,7 @@ class _Run:
             work = self._work()
             self._tally = Tally()
             if work:
-                for receipt in _receipts(self._path(info), work, 1 + (config.pool.replicas - 1) // REPLICAS_PER_CALLER):
+                for receipt in _receipts(self._path(pool.info), work, pool.config.ceiling):
                     self._take(receipt, threads)
                     self._tally.check_errors(max_error_share)
             self._reap(pending=0)
@@ -306,10 +305,10 @@ class _Run:
         self._store.write(JobPaths.PROGRESS, json.dumps({"updated_at": now, **progress.to_dict()}, indent=2).encode())
 
 
-def _receipts(path: DataPath, work: list[tuple[Shard, frozenset[int]]], callers: int) -> Iterator[Receipt]:
+def _receipts(path: DataPath, work: list[tuple[Shard, frozenset[int]]], replicas: int) -> Iterator[Receipt]:
     """The data path's receipts, with errors of workers told as what they are."""
     try:
-        yield from path.receipts(work, callers)
+        yield from path.receipts(work, replicas)
     except RayTaskError as error:
         cause: BaseException | None = error
         # Ray's wrapper is of the wrapped error's kind as well

@@ -56,11 +56,16 @@ class Dispatcher:
         self._ended = False
         self.images = dict.fromkeys(Lane, 0)
         self.steps = 0
-        self.busy_s = 0.0
+        self.lane_busy_s = dict.fromkeys(Lane, 0.0)
 
     def backlog(self, lane: Lane) -> int:
         """Images that wait in the lane."""
         return self._lanes.backlog(lane)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the model has worked on steps; in `lane_busy_s`, shared out by whose images were in them."""
+        return sum(self.lane_busy_s.values())
 
     @contextmanager
     def expect(self, lane: Lane, images: int) -> Iterator[None]:
@@ -129,7 +134,8 @@ class Dispatcher:
         self, step: list[Slice[_Request]], formed_s: float, launching: Executor, reading: Executor
     ) -> None:
         loop = asyncio.get_running_loop()
-        images, step_ms = sum(map(len, step)), 0.0
+        size = images = sum(map(len, step))
+        step_ms = 0.0
         try:
             scores, launched_s = await loop.run_in_executor(launching, self._launch, step)
             self._lanes.launched((launched_s - formed_s) * 1e3)
@@ -146,7 +152,8 @@ class Dispatcher:
         self._free_s = ended_s
         self._lanes.ended(ended_s, images, step_ms)
         self.steps += 1
-        self.busy_s += step_ms / 1e3
+        for part in step:
+            self.lane_busy_s[part.lane] += step_ms / 1e3 * len(part) / size
         self._changed.set()
 
     def _launch(self, step: list[Slice[_Request]]) -> tuple[Callable[[], Scores], float]:

@@ -40,10 +40,37 @@ def test_a_number_that_cannot_be_is_refused_by_name_and_value(section: str, name
     assert str(value) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["replicas", "threads", "max_step", "max_online_backlog", "max_batch_backlog"])
+@pytest.mark.parametrize(
+    "name",
+    ["max_replicas", "batch_max_replicas", "threads", "max_step", "max_online_backlog", "max_batch_backlog"],
+)
 def test_counts_of_the_pool_are_at_least_one(name: str) -> None:
     with pytest.raises(UsageError, match=rf"^pool\.{name} is 0; it must be at least 1"):
         parse_config({"pool": {name: 0}})
+
+
+def test_a_ceiling_below_the_floor_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"^pool\.max_replicas is 2; it must be at least replicas, 3"):
+        parse_config({"pool": {"replicas": 3, "max_replicas": 2}})
+    with pytest.raises(UsageError, match=r"^pool\.online_share is 0"):
+        parse_config({"pool": {"online_share": 0}})
+
+
+@pytest.mark.parametrize(
+    ("pool", "online", "most"),
+    [
+        ({}, 1, 1),
+        ({"replicas": 3}, 3, 3),
+        ({"replicas": 0}, 1, 1),
+        ({"replicas": 0, "batch_max_replicas": 5}, 1, 5),
+        ({"replicas": 2, "max_replicas": 4}, 4, 4),
+        ({"replicas": 2, "max_replicas": 4, "batch_max_replicas": 3}, 4, 4),
+        ({"replicas": 2, "batch_max_replicas": 1}, 2, 2),
+    ],
+)
+def test_ceilings_follow_from_what_is_said(pool: dict[str, int], online: int, most: int) -> None:
+    config = PoolConfig(**pool)  # type: ignore[arg-type]
+    assert (config.online_ceiling, config.ceiling) == (online, most)
 
 
 @pytest.mark.parametrize("value", ["float64", 16, None, ["float32"]])
@@ -65,7 +92,7 @@ def test_what_is_not_chosen_by_the_machine_cannot_be_null(name: str) -> None:
 
 def test_an_unknown_option_is_refused_with_the_one_that_was_meant() -> None:
     with pytest.raises(
-        UsageError, match=r"pool has no option 'replica' \(do you mean replicas\?\); it has replicas, cpus"
+        UsageError, match=r"pool has no option 'replica' \(do you mean replicas\?\); it has replicas, max_replicas"
     ):
         parse_config({"pool": {"replica": 2}})
 

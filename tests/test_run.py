@@ -124,7 +124,7 @@ def test_an_error_file_of_an_earlier_try_does_not_outlive_it(spec: JobSpec) -> N
 
 def test_an_error_of_a_worker_comes_as_it_was_raised(spec: JobSpec) -> None:
     class Path:
-        def receipts(self, work: object, callers: int) -> Iterator[Receipt]:
+        def receipts(self, work: object, replicas: int) -> Iterator[Receipt]:
             advice = "the disk is full\nTo change retry attempts, configure Ray"  # as Ray Data adds it
             raise RayTaskError("map", "a stack", Denied(advice)).as_instanceof_cause()
             yield

@@ -1,0 +1,49 @@
+"""Which replica of the pool a call goes to."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+TRIED = 3  # replicas, before the router pauses
+
+
+class LaneRouter(RequestRouter):
+    """Sends a call to the replica that works on the fewest calls of its own kind from this process.
+
+    Serve's router compares how many calls each replica holds, of whatever kind. One with many chunks of a job, which
+    online requests overtake, would look full to them, and one that is busy with online requests would look free.
+    """
+
+    def initialize_state(self, **_: Any) -> None:
+        """Called by Serve once the router is made."""
+        self._under_way: defaultdict[str, Counter[ReplicaID]] = defaultdict(Counter)
+        self._kinds: dict[str, str] = {}
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The replicas to try, best first; each stands alone, so that Serve does not compare them further."""
+        counts: Counter[ReplicaID] = Counter()
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True
+            counts = self._under_way[pending_request.metadata.call_method]
+        shuffled = random.sample(candidate_replicas, len(candidate_replicas))
+        return [[one] for one in sorted(shuffled, key=lambda replica: counts[replica.replica_id])[:TRIED]]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Called as a replica has taken a call."""
+        kind = pending_request.metadata.call_method
+        self._kinds[pending_request.metadata.internal_request_id] = kind
+        self._under_way[kind][replica_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Called as a call has ended, however it did."""
+        if kind := self._kinds.pop(internal_request_id, None):
+            counts = self._under_way[kind]
+            counts[replica_id] -= 1
+            if not counts[replica_id]:
+                del counts[replica_id]  # replicas come and go
