@@ -1,6 +1,6 @@
 """What a batch job that saturates the pool does to online requests, and what online leaves to it.
 
-    python benchmarks/coserving.py                    # the frontier: minutes for each load; writes results and plots
+    python benchmarks/coserving.py                    # the frontier, in half an hour: writes results and plots
     python benchmarks/coserving.py --quick --json     # the 10 % load alone, under 3 minutes
 
 The accelerators are simulated, so that two cores can tell the truth about scheduling: a step of n images takes
@@ -14,6 +14,8 @@ Four ways to serve both kinds of work on the same two accelerators, interleaved 
     tandem   both lanes on both accelerators
     fifo     the same replicas with one queue, as `@serve.batch` has
     split    one accelerator for online, the other for the job
+
+The second runs with each value of `online_step_ms`, which the others do not know.
 
 Online load is open: requests come at random (Poisson) at the times that were drawn, whether or not earlier ones were
 answered, and their latency counts from then. The job keeps its window of chunks full.
@@ -29,7 +31,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,8 @@ FIXED_MS, IMAGE_MS, MAX_STEP = 0.6, 0.11, 128
 CAPACITY_PER_MS = MAX_STEP / (FIXED_MS + IMAGE_MS * MAX_STEP)
 ACCELERATORS = 2
 CHUNK, WINDOW = 256, 3  # images; chunks that the job keeps at each of its accelerators
-REQUESTS_PER_S = 60.0  # what two cores generate and serve without being what is measured
+REQUESTS_PER_S = 60.0  # at most: what two cores generate and serve without being what is measured
+LEAST_STRETCH = 20.0  # so that the host's own milliseconds stay small beside a step's
 WARM_S = 11.0  # until an accelerator has forgotten the online requests of the arm before
 IMAGE = np.zeros((1, 8, 8, 3), np.uint8)
 ARMS = ("alone", "tandem", "fifo", "split")
@@ -87,8 +90,13 @@ class Setting:
 
     @property
     def stretch(self) -> float:
-        """By how much time is stretched for requests to come at `REQUESTS_PER_S`."""
-        return self.load * ACCELERATORS * CAPACITY_PER_MS * 1e3 / REQUESTS_PER_S
+        """By how much time is stretched."""
+        return max(LEAST_STRETCH, self.load * ACCELERATORS * CAPACITY_PER_MS * 1e3 / REQUESTS_PER_S)
+
+    @property
+    def requests_per_s(self) -> float:
+        """In stretched time."""
+        return self.load * ACCELERATORS * CAPACITY_PER_MS * 1e3 / self.stretch
 
 
 @contextmanager
@@ -163,7 +171,7 @@ async def crowd(setting: Setting, handles: list[Any], seed: int) -> list[float]:
     rng, tasks = random.Random(seed), []
     start_s = time.monotonic() + 0.1
     due_s = start_s
-    while (due_s := due_s + rng.expovariate(REQUESTS_PER_S)) < start_s + setting.seconds:
+    while (due_s := due_s + rng.expovariate(setting.requests_per_s)) < start_s + setting.seconds:
         await asyncio.sleep(max(0.0, due_s - time.monotonic()))
         tasks.append(asyncio.create_task(ask(rng.choice(handles), due_s)))
     took_ms = await asyncio.gather(*tasks)
@@ -193,14 +201,21 @@ def percentile(values: list[float], share: float) -> float:
     return round(sorted(values)[min(len(values) - 1, int(share * len(values)))], 1)
 
 
-def run(setting: Setting, rounds: int) -> dict[str, dict[str, Any]]:
-    """All arms at one setting, interleaved: of each, the medians of its rounds, and the spread of the p99."""
-    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    with pools(setting, "lanes", fifo=False) as lanes, pools(setting, "fifo", fifo=True) as fifo:
+def run(load: float, steps: list[float], seconds: float, rounds: int) -> dict[str, dict[str, Any]]:
+    """All arms at one load, interleaved: of each, the medians of its rounds, and the p99 of each round."""
+    settings = {f"tandem {step:g}": Setting(load, step, seconds) for step in steps}
+    plain = Setting(load, steps[0], seconds)
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ("alone", *settings, "fifo", "split")}
+    with ExitStack() as stack:
+        pool = {
+            arm: stack.enter_context(pools(one, arm.replace(" ", "-"), fifo=False)) for arm, one in settings.items()
+        }
+        pool["fifo"] = stack.enter_context(pools(plain, "fifo", fifo=True))
+        pool["alone"] = pool["split"] = next(iter(pool.values()))
         for number in range(rounds):
-            for arm in ARMS:
-                handles = fifo if arm == "fifo" else lanes
-                found[arm].append(asyncio.run(measure(arm, setting, handles, seed=number)))
+            for arm, results in found.items():
+                kind, setting = arm.split()[0], settings.get(arm, plain)
+                results.append(asyncio.run(measure(kind, setting, pool[arm], seed=number)))
     return {arm: summary(results) for arm, results in found.items()}
 
 
@@ -209,18 +224,15 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     return {**medians, "p99_ms_of_rounds": [one["p99_ms"] for one in results]}
 
 
-def table(setting: Setting, arms: dict[str, dict[str, Any]]) -> str:
-    """A few lines for people."""
-    step = setting.online_step_ms * setting.stretch
-    lines = [
-        f"online load {setting.load:.0%}, online_step_ms {setting.online_step_ms:g} (stretched {setting.stretch:.1f} "
-        f"times: {step:.0f} ms)"
-    ]
+def table(load: float, stretch: float, arms: dict[str, dict[str, Any]]) -> str:
+    """A few lines for people, in the model's time."""
+    lines = [f"online load {load:.0%}, time stretched {stretch:.1f} times; these are ms of the model:"]
     for arm, one in arms.items():
-        added = (one["p99_ms"] - arms["alone"]["p99_ms"]) / step
+        p50, p99, p99_9 = (one[f"p{name}_ms"] / stretch for name in SHARES)
+        added = p99 - arms["alone"]["p99_ms"] / stretch
         lines.append(
-            f"  {arm:7} p50 {one['p50_ms']:7.0f}  p99 {one['p99_ms']:7.0f}  p99.9 {one['p99_9_ms']:7.0f} ms   added "
-            f"{added:5.2f} steps   batch {one['batch_share_of_free']:.3f} of free   busy {one['busy_share']:.3f}"
+            f"  {arm:9} p50 {p50:7.2f}  p99 {p99:7.2f} (added {added:7.2f})  p99.9 {p99_9:7.2f}   "
+            f"batch {one['batch_share_of_free']:.3f} of free   busy {one['busy_share']:.3f}"
         )
     return "\n".join(lines)
 
@@ -231,42 +243,66 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.01, 0.1, 0.3, 0.6])
     parser.add_argument("--steps", type=float, nargs="+", default=[4.0, 8.0, 16.0], help="values of online_step_ms")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each arm, in each round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=40.0, help="of each arm, in each round")
     options = parser.parse_args()
     if options.quick:
         options.loads, options.steps, options.rounds, options.seconds = [0.1], [8.0], 1, 33.0
+    assert all(0 < load < 1 for load in options.loads), "--loads are shares of the capacity"
     own_ray()
     results = []
     with local_ray():
         start_serve(http=False)
         for load in options.loads:
-            for step in options.steps:
-                setting = Setting(load, step, options.seconds)
-                arms = run(setting, options.rounds)
-                print(table(setting, arms), flush=True)
-                results.append(
-                    {"load": load, "online_step_ms": step, "stretch": round(setting.stretch, 2), "arms": arms}
-                )
+            stretch = Setting(load, 0.0, 0.0).stretch
+            arms = run(load, options.steps, options.seconds, options.rounds)
+            print(table(load, stretch, arms), flush=True)
+            results.append({"load": load, "stretch": round(stretch, 2), "arms": arms})
     if not options.quick:
-        write_results("coserving", {"rounds": options.rounds, "seconds": options.seconds, "settings": results})
+        write_results("coserving", {"rounds": options.rounds, "seconds": options.seconds, "loads": results})
+        plot(results)
     if options.json:
-        print(json.dumps(headline(results[-1])))
+        print(json.dumps(headline(results[-1], options.steps[-1])))
 
 
-def headline(result: dict[str, Any]) -> dict[str, Any]:
-    """What is promised, at one setting; times are stretched."""
+def headline(result: dict[str, Any], step: float) -> dict[str, Any]:
+    """What is promised, at one load; times are stretched."""
     arms = result["arms"]
+    tandem = arms[f"tandem {step:g}"]
     return {
         "online_load": result["load"],
-        "online_step_ms": round(result["online_step_ms"] * result["stretch"], 1),
+        "online_step_ms": round(step * result["stretch"], 1),
         "p99_alone_ms": arms["alone"]["p99_ms"],
-        "p99_under_job_ms": arms["tandem"]["p99_ms"],
+        "p99_under_job_ms": tandem["p99_ms"],
         "p99_fifo_ms": arms["fifo"]["p99_ms"],
         "p99_split_ms": arms["split"]["p99_ms"],
-        "batch_share_of_free": arms["tandem"]["batch_share_of_free"],
-        "busy_share": arms["tandem"]["busy_share"],
+        "batch_share_of_free": tandem["batch_share_of_free"],
+        "busy_share": tandem["busy_share"],
     }
+
+
+def plot(results: list[dict[str, Any]]) -> None:
+    """Online p50, p99 and p99.9 against batch's share, in the model's time: docs/coserving.png and .svg."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(results), figsize=(4 * len(results), 4), sharey=True, squeeze=False)
+    for panel, result in zip(panels[0], results, strict=True):
+        arms, stretch = result["arms"], result["stretch"]
+        kinds = {kind: [one for arm, one in arms.items() if arm.split()[0] == kind] for kind in ARMS}
+        for number, (kind, ones) in enumerate(kinds.items()):
+            shares = [one["batch_share_of_free"] for one in ones]
+            for name, style in (("50", ":"), ("99", "-"), ("99_9", "--")):
+                times_ms = [one[f"p{name}_ms"] / stretch for one in ones]
+                label = kind if name == "99" else None
+                panel.plot(shares, times_ms, style, marker="o^sD"[number], color=f"C{number}", label=label)
+        panel.set(title=f"online load {result['load']:.0%}", xlabel="batch, of what online leaves", yscale="log")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("online latency, ms (dotted p50, line p99, dashed p99.9)")
+    panels[0][0].legend()
+    figure.tight_layout()
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    for suffix in ("png", "svg"):
+        figure.savefig(docs / f"coserving.{suffix}", dpi=110, metadata={"Date": None} if suffix == "svg" else None)
 
 
 if __name__ == "__main__":

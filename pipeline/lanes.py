@@ -27,7 +27,7 @@ from pipeline.steps import SMOOTHING, StepTimes
 Token = TypeVar("Token")
 
 ONLINE_QUIET_S = 10.0  # so long after the last online request, steps are long again
-ADDED_STEPS = 1.2
+ADDED_STEPS = 1.15
 BATCH_SHARE = 1 / 16  # of the images: what batch gets where online alone would fill every step
 STEPS_UNDER_WAY = 2
 TIMER_MS = 1.0  # by which an event loop may be late
