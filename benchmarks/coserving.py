@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ def pools(setting: Setting, name: str, *, fifo: bool) -> Iterator[list[Any]]:
                 max_online_backlog=10**6,
             )
             times = StepTimes(MAX_STEP, {n: setting.stretch * step_ms(n) for n in (1, MAX_STEP)})
-            self._info = None  # type: ignore[assignment]
+            self._info = SimpleNamespace(scores_as="simulated")  # type: ignore[assignment]
             self._dispatcher = Dispatcher(Accelerator(setting.stretch), limits, times)
 
         async def score_online(self, images_NHWC: np.ndarray, top_k: int, within_s: float) -> Any:

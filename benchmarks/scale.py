@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a scr
 
 from benchmarks.results import machine
 from deployments.cluster import local_ray, own_ray, start_serve
-from deployments.config import Config
+from deployments.config import Config, PoolConfig
 from jobs.corpus import digits, encode
 from jobs.models import shipped
 from jobs.spec import JobSpec
@@ -103,7 +103,7 @@ def deploy_stub() -> None:
     """A pool for MODEL, by its own name, whose replica has an answer ready."""
     from ray import serve
 
-    from deployments.pool import DEPLOYMENT, Answer, app_name, wait_running
+    from deployments.pool import DEPLOYMENT, Answer, Running, app_name, wait_running
     from pipeline.dispatcher import Scores
 
     class Stub:
@@ -114,12 +114,12 @@ def deploy_stub() -> None:
             self._info = Classifier(find_checkpoint(MODEL)).info
 
         def describe(self) -> Any:
-            return self._info
+            return Running(self._info, PoolConfig())
 
         async def score_batch(self, nested: dict[str, Any], images: int, top_k: int) -> Any:
             count = len(await nested["chunk"])
             top_NK = np.tile(np.arange(top_k, dtype=np.int32), (count, 1))
-            return Answer(Scores(top_NK, np.full((count, top_k), 0.1, np.float32)), "stub")
+            return Answer(Scores(top_NK, np.full((count, top_k), 0.1, np.float32)), "stub", self._info.scores_as)
 
     deployment = serve.deployment(name=DEPLOYMENT, ray_actor_options={"num_cpus": 0.5}, max_ongoing_requests=10_000)
     target = serve.RunTarget(deployment(Stub).bind(), name=app_name(MODEL), route_prefix=None)

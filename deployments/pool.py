@@ -49,10 +49,11 @@ TELL_EVERY_S, LOOK_BACK_S = 2.0, 10.0  # of a replica's load
 
 @dataclass(frozen=True)
 class Answer:
-    """Scores, and the id of the replica that computed them."""
+    """Scores, the id of the replica that computed them, and the `scores_as` of its model."""
 
     scores: Scores
     replica: str
+    scores_as: str
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class ModelReplica:
             scores = await self._dispatcher.submit(Lane.ONLINE, images_NHWC, top_k, within_s=within_s)
         except (Busy, Expired) as error:
             return error  # an answer, not an accident: raised, Serve would log a stack trace for each
-        return Answer(scores, self.replica)
+        return Answer(scores, self.replica, self._info.scores_as)
 
     async def score_batch(self, nested: dict[str, ray.ObjectRef[np.ndarray]], images: int, top_k: int) -> Answer | Busy:
         """Scores the uint8 images [N, H, W, 3] under `chunk` when online leaves room. `images` is N.
@@ -136,9 +137,10 @@ class ModelReplica:
         try:
             with self._dispatcher.expect(Lane.BATCH, images):
                 images_NHWC = await nested["chunk"]
-            return Answer(await self._dispatcher.submit(Lane.BATCH, images_NHWC, top_k), self.replica)
+            scores = await self._dispatcher.submit(Lane.BATCH, images_NHWC, top_k)
         except Busy as busy:
             return busy
+        return Answer(scores, self.replica, self._info.scores_as)
 
     async def stats(self) -> dict[str, Any]:
         """This replica's id, the seconds that its model was busy, and for each lane the images scored and waiting."""

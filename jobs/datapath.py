@@ -27,7 +27,7 @@ from jobs.spec import JobPaths
 from pipeline.chunks import ENDS_SHARD, ERROR, Chunk, ChunkLimits, chunks, failed_shard, from_ipc, to_ipc
 from pipeline.decode import decode_each
 from pipeline.dispatcher import Scores
-from pipeline.errors import ImageError, JobError, ShardError
+from pipeline.errors import ImageError, JobError, OutputConflict, ShardError
 from pipeline.inputs import Columns, open_reader
 from pipeline.isolation import IsolatedReader, decode_isolated
 from pipeline.output import scored, with_errors
@@ -73,6 +73,7 @@ class DataPath:
     limits: ChunkLimits
     fence: Fence
     model: str
+    scores_as: str
     transform: ImageTransform
     labels: tuple[str, ...]
     top_k: int
@@ -310,4 +311,9 @@ class _Caller:
             nothing = np.empty((0, self._path.top_k))
             return Scores(nothing.astype(np.int32), nothing.astype(np.float32)), "", 0.0
         answer = self._score_chunk(images_NHWC, self._path.top_k)
+        if answer.scores_as != self._path.scores_as:
+            raise OutputConflict(
+                f"the pool of {self._path.model} changed from {self._path.scores_as} to {answer.scores_as} while the "
+                "job ran; bring the former back and submit again, or submit to a new OUTPUT"
+            )
         return answer.scores, answer.replica, time.perf_counter() - started

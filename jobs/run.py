@@ -249,6 +249,7 @@ class _Run:
             limits=spec.limits,
             fence=Fence(self._store, self._lease.owner),
             model=spec.model,
+            scores_as=info.scores_as,
             transform=info.transform,
             labels=info.labels,
             top_k=min(spec.top_k, len(info.labels)),

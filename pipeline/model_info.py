@@ -20,3 +20,8 @@ class ModelInfo:
     transform: ImageTransform
     dtype: Dtype
     versions: dict[str, str]
+
+    @property
+    def scores_as(self) -> str:
+        """Replicas of which this differs give different scores."""
+        return f"revision {self.revision} in {self.dtype}"

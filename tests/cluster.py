@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 
 from tests.stores import free_ports
 
 START_S = 90.0
 OBJECT_STORE_BYTES = 1 << 30
+HEAD_ID = "f" * 51 + "00000"  # as Ray's provider of local nodes wants it
 # Of a cluster, and of those who come to it; a Ray of Tandem's own asks for a token.
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 BIN = Path(sys.executable).parent
@@ -32,14 +34,67 @@ class Cluster:
         self._nodes: list[subprocess.Popen[bytes]] = []
         self.address = f"http://127.0.0.1:{self._dashboard}"
 
-    def start_head(self, cpus: int) -> None:
+    def start_head(self, cpus: int, *options: str) -> None:
         """`ray start --head`; waits until the job API answers."""
         client, agent = self._head_ports
         self._start(
             "--head", f"--port={self._port}", f"--dashboard-port={self._dashboard}", f"--num-cpus={cpus}",
-            f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
+            f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", *options,
         )  # fmt: skip
         _wait_for(f"{self.address}/api/version", self._folder / "0.log")
+
+    def start_autoscaling_head(self, cpus: int, gpu_nodes: int) -> None:
+        """The same with Ray's autoscaler (v2), which starts and stops up to so many nodes of a logical GPU each."""
+        config = {
+            "cluster_name": "local",
+            "max_workers": gpu_nodes,
+            "idle_timeout_minutes": 0.1,
+            "upscaling_speed": 1.0,
+            "provider": {
+                "type": "external",
+                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+                "use_node_id_as_ip": True,
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
+                "launch_multiple": True,
+                "head_node_id": HEAD_ID,
+                "gcs_address": f"127.0.0.1:{self._port}",
+            },
+            "head_node_type": "ray.head.default",
+            "available_node_types": {
+                "ray.head.default": {"resources": {"CPU": cpus}, "node_config": {}, "max_workers": 0},
+                "gpu": {
+                    "resources": {"CPU": 1, "GPU": 1, "object_store_memory": OBJECT_STORE_BYTES // 4},
+                    "node_config": {},
+                    "min_workers": 0,
+                    "max_workers": gpu_nodes,
+                },
+            },
+            "auth": {},
+            "docker": {},
+            **{f"{what}_commands": [] for what in ("initialization", "setup", "head_setup", "worker_setup")},
+            **{f"{what}_start_ray_commands": [] for what in ("head", "worker")},
+            "file_mounts": {},
+            "cluster_synced_files": [],
+            "file_mounts_sync_continuously": False,
+            "rsync_exclude": [],
+            "rsync_filter": [],
+        }
+        path = self._folder / "autoscaler.yaml"
+        path.write_text(yaml.safe_dump(config))
+        self._environment |= {
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        }
+        self.start_head(cpus, f"--autoscaling-config={path}")
+
+    def gpu_nodes(self) -> int:
+        """The living nodes that have a GPU."""
+        nodes = cluster_state(self.address, "nodes")
+        return sum(node["state"] == "ALIVE" and "GPU" in node["resources_total"] for node in nodes)
 
     def start_node(self, cpus: int, name: str) -> subprocess.Popen[bytes]:
         """`ray start --address`; waits until the node is one of the cluster's."""
