@@ -86,12 +86,15 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         stub = mock.patch("jobs.datapath.DataPath.receipts", staged_without_data(options.images))
         watch = Watch()
         with watch, stub if options.no_data else nullcontext():
+            cpu_s = time.process_time()
             report = run_job(job, Config())
+            cpu_s = time.process_time() - cpu_s
     return {
         "prepare_s": round(prepare_s, 1),
         "run_s": report.seconds,
         "images_per_s": report.images_per_s,
         "ms_per_shard": round(report.seconds / options.shards * 1e3, 2),
+        "driver_cpu_s": round(cpu_s, 2),
         "driver_before_mb": before_mb,
         "driver_peak_mb": watch.driver_mb,
         "worker_peak_mb": watch.worker_mb,

@@ -27,7 +27,8 @@ class PoolConfig:
 
     `replicas` are always there, and 0 means none while nobody wants any. Online requests may raise them to
     `max_replicas` (None: as many as there always are, at least one), to keep their share of the replicas' time at
-    `online_share`; jobs to `batch_max_replicas` (None: as many as online requests may).
+    `online_share`; jobs to `batch_max_replicas` (None: as many as online requests may). Where the pool is redeployed
+    with changes, `max_surge_percent` of its replicas may be there twice meanwhile.
 
     `gpus` per replica; None means one where the cluster has GPUs, otherwise none. `device` is what torch calls it, or
     "auto". `threads` of torch per replica on a CPU; None means one for each core. `max_step` is in images; None means
@@ -41,6 +42,7 @@ class PoolConfig:
     online_share: float = 0.6
     upscale_delay_s: float = 10.0
     downscale_delay_s: float = 300.0
+    max_surge_percent: int = 0
     cpus: float = REPLICA_CPUS
     gpus: float | None = None
     device: str = "auto"
@@ -55,10 +57,12 @@ class PoolConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_replicas", "batch_max_replicas", "threads", "max_step")
         _at_least(self, 1, "max_online_backlog", "max_batch_backlog")
-        _at_least(self, 0, "replicas", "online_share", "upscale_delay_s", "downscale_delay_s")
+        _at_least(self, 0, "replicas", "online_share", "upscale_delay_s", "downscale_delay_s", "max_surge_percent")
         _at_least(self, 0, "cpus", "gpus", "online_step_ms", "startup_timeout_s")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise UsageError(f"max_replicas is {self.max_replicas}; it must be at least replicas, {self.replicas}")
+        if self.max_surge_percent > 100:
+            raise UsageError(f"max_surge_percent is {self.max_surge_percent}; it must be at most 100")
         if not self.online_share:
             raise UsageError("online_share is 0; it must be more")
         if self.dtype not in get_args(Dtype):

@@ -178,12 +178,13 @@ def deploy(model: str, config: PoolConfig) -> None:
     router = RequestRouterConfig(request_router_class=ROUTER)  # type: ignore[arg-type]  # it is told wrong of itself
     deployment = serve.deployment(
         name=DEPLOYMENT,
-        num_replicas="auto" if scaling else config.replicas,
+        num_replicas=None if scaling else config.replicas,
         autoscaling_config=scaling,
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": _gpus(config)},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_constructor_retry_count=3,
         graceful_shutdown_timeout_s=DRAIN_S,
+        max_surge_percent=config.max_surge_percent,
         request_router_config=router,
     )(ModelReplica)
     target = RunTarget(deployment.bind(model, config), name=app_name(model), route_prefix=None)

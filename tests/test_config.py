@@ -49,9 +49,11 @@ def test_counts_of_the_pool_are_at_least_one(name: str) -> None:
         parse_config({"pool": {name: 0}})
 
 
-def test_a_ceiling_below_the_floor_is_refused() -> None:
+def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(UsageError, match=r"^pool\.max_replicas is 2; it must be at least replicas, 3"):
         parse_config({"pool": {"replicas": 3, "max_replicas": 2}})
+    with pytest.raises(UsageError, match=r"^pool\.max_surge_percent is 101; it must be at most 100"):
+        parse_config({"pool": {"max_surge_percent": 101}})
     with pytest.raises(UsageError, match=r"^pool\.online_share is 0"):
         parse_config({"pool": {"online_share": 0}})
 

@@ -14,6 +14,7 @@ import pytest
 
 from jobs.corpus import digits, encode
 from jobs.lease import LEASE_S
+from jobs.online import Online
 from jobs.spec import JobPaths
 from pipeline.storage import open_store
 from tests.check import check_output
@@ -110,9 +111,15 @@ def test_ctrl_c_ends_the_following_and_not_the_job(address: str, corpus: Corpus,
     check_output(target.url, corpus.keys, corpus.undisturbed)
 
 
-def test_actors_that_are_killed_cost_no_image(address: str, corpus: Corpus, tmp_path: Path) -> None:
+def test_actors_that_are_killed_cost_no_image_and_no_request(
+    address: str, endpoint: str, corpus: Corpus, tmp_path: Path
+) -> None:
     target = open_store(str(tmp_path / "out"))
-    with submitting(address, corpus.url, target.url) as process:
+    with (
+        Online(5.0) as online,
+        online.to(endpoint),
+        submitting(address, corpus.url, target.url) as process,
+    ):
         wait_for(staging, target)
         for victim in ("ServeReplica:tandem-pool", "MapWorker(MapBatches(_Caller))"):
             (actor,) = [one for one in actors(address) if one["class_name"].startswith(victim)]
@@ -122,6 +129,8 @@ def test_actors_that_are_killed_cost_no_image(address: str, corpus: Corpus, tmp_
     assert process.returncode == 0, err
     check_output(target.url, corpus.keys, corpus.undisturbed)
     assert json.loads(out)["images"] >= len(corpus.keys)  # a chunk may have been scored twice; it is held once
+    assert online.answers.errors == 0
+    assert len(online.answers.replicas) == 2  # the one that died, and the one that came
 
 
 def test_a_reader_and_a_decoder_that_are_killed_cost_no_image(address: str, corpus: Corpus, tmp_path: Path) -> None:
