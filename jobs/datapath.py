@@ -41,7 +41,7 @@ from pipeline.transform import ImageTransform
 READ_CPUS, DECODE_CPUS = 0.1, 0.9
 LOWEST_PRIORITY = 19
 REPLICAS_PER_CALLER = 4
-WINDOW = 3  # chunks under way at each replica: enough to hide a call's latency, few enough for its lane
+WINDOW = 4  # chunks under way for each replica: enough to hide a call's latency, few enough for its lane
 SHARDS_AT_ONCE = 2000
 CONNECT_WITHIN_S = 60.0
 CRASHES_TAKEN = 3  # of a task's worker, before its images are what is suspected

@@ -76,7 +76,26 @@ def test_a_call_that_ends_counts_no_more(router: LaneRouter) -> None:
     assert _choose(router, Call("score_online"), _replicas("a", "b"))[0] == "a"
     router.on_request_completed("b", second.id)  # type: ignore[arg-type]
     router.on_request_completed("b", second.id)  # type: ignore[arg-type]
-    assert {_choose(router, Call("score_online"), _replicas("a", "b"))[0] for _ in range(50)} == {"a", "b"}
+    assert _choose(router, Call("score_online"), _replicas("a", "b")) == ["a", "b"]  # in turn
+
+
+def test_those_that_are_equally_free_take_turns(router: LaneRouter) -> None:
+    names, found = ("a", "b", "c"), []
+    for _ in range(9):
+        best = _choose(router, Call("score_online"), _replicas(*names))[0]
+        router.on_request_completed(best, _route(router, "score_online", best).id)  # type: ignore[arg-type]
+        found.append(best)
+    assert set(found[:3]) == set(names)
+    assert found == found[:3] * 3
+
+
+def test_processes_do_not_begin_with_the_same_replica() -> None:
+    first = set()
+    for _ in range(50):
+        router = LaneRouter.__new__(LaneRouter)
+        router.initialize_state()
+        first.add(_choose(router, Call("score_batch"), _replicas("a", "b"))[0])
+    assert first == {"a", "b"}
 
 
 def test_one_that_never_came_to_a_replica_may_end(router: LaneRouter) -> None:
