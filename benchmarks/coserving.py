@@ -153,6 +153,8 @@ async def measure(arm: str, setting: Setting, handles: list[Any], seed: int) -> 
     for task in job:
         task.cancel()
     await asyncio.gather(*job, return_exceptions=True)
+    while any([(await handle.stats.remote())["batch"]["backlog"] for handle in handles]):
+        await asyncio.sleep(0.1)  # or what is left of the job would be felt by the next arm
     images = sum(late["batch"]["scored"] - early["batch"]["scored"] for early, late in zip(before, after, strict=True))
     images -= counted_online
     capacity = ACCELERATORS * CAPACITY_PER_MS * 1e3 / setting.stretch

@@ -34,7 +34,9 @@ class Corpus:
     undisturbed: Mapping[str, Best]
 
 
-def write_digits(store: Store, demo: Demo, *, share: float = 1.0, copies: int = 1) -> Corpus:
+def write_digits(
+    store: Store, demo: Demo, *, share: float = 1.0, copies: int = 1, per_shard: int = IMAGES_PER_SHARD
+) -> Corpus:
     """Writes a share of the digits, `copies` times under other keys, in shards.
 
     The demo's run of them is the undisturbed one.
@@ -43,8 +45,8 @@ def write_digits(store: Store, demo: Demo, *, share: float = 1.0, copies: int = 
     every = digits()
     chosen = [(digit.key, *encode(digit)) for digit in every[: int(len(every) * share)]]
     members = {f"{key}-{copy}.{suffix}": data for copy in range(copies) for key, suffix, data in chosen}
-    for number, start in enumerate(range(0, len(members), IMAGES_PER_SHARD)):
-        some = itertools.islice(members.items(), start, start + IMAGES_PER_SHARD)
+    for number, start in enumerate(range(0, len(members), per_shard)):
+        some = itertools.islice(members.items(), start, start + per_shard)
         store.write(f"{number:04}.tar", tar_of(dict(some)))
     undisturbed = {
         f"{key}-{copy}": (labels[:TOP_K], scores[:TOP_K])
