@@ -83,9 +83,9 @@ def wait_for(moment: Moment, store: Store) -> None:
     wait_until(lambda: moment(store, names_in(store)))
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool], within_s: float = DEADLINE_S) -> None:
     """Waits until the condition holds."""
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, "the moment never came"
         time.sleep(0.002)
