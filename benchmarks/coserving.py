@@ -300,7 +300,7 @@ def plot(results: list[dict[str, Any]]) -> None:
                 panel.plot(shares, times_ms, style, marker="o^sD"[number], color=f"C{number}", label=label)
         panel.set(title=f"online load {result['load']:.0%}", xlabel="batch, of what online leaves", yscale="log")
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("online latency, ms (dotted p50, line p99, dashed p99.9)")
+    panels[0][0].set_ylabel("online ms: p50 dotted, p99, p99.9 dashed")
     panels[0][0].legend()
     figure.tight_layout()
     docs = Path(__file__).resolve().parents[1] / "docs"
