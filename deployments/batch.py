@@ -17,7 +17,8 @@ from pipeline.errors import Busy, PoolFailed
 
 ATTEMPTS = 8  # of a chunk whose replica died or was not there
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
-LONGEST_BUSY_S = 1.0  # before a full lane is tried again, and maybe another replica by then
+# Before a full pool is asked again. The callers of a pool that is to grow are many more than it has room for.
+LONGEST_BUSY_S = 5.0
 CALL_TIMEOUT_S = 600.0
 
 
@@ -28,7 +29,7 @@ def score_chunk(pool: DeploymentHandle[Any], images_NHWC: np.ndarray, top_k: int
     the model itself, and for a pool that is not back after `ATTEMPTS` tries.
     """
     chunk = ray.put(images_NHWC)
-    failures = 0
+    failures, patience_s = 0, FIRST_PAUSE_S
     while True:
         try:
             answer = pool.score_batch.remote({"chunk": chunk}, len(images_NHWC), top_k).result(timeout_s=CALL_TIMEOUT_S)
@@ -43,5 +44,6 @@ def score_chunk(pool: DeploymentHandle[Any], images_NHWC: np.ndarray, top_k: int
             if isinstance(answer, Answer):
                 return answer
             assert isinstance(answer, Busy)
-            pause_s = min(max(FIRST_PAUSE_S, answer.retry_after_s), LONGEST_BUSY_S)
+            pause_s = min(max(patience_s, answer.retry_after_s), LONGEST_BUSY_S)
+            patience_s = min(2 * patience_s, LONGEST_BUSY_S)
         time.sleep(pause_s * random.uniform(0.5, 1.0))

@@ -63,16 +63,17 @@ def test_a_pool_grows_with_a_job_changes_under_requests_and_goes_to_zero_and_bac
     url = _serve(cluster, tmp_path)
     assert cluster.gpu_nodes() == 1
 
-    with Online(5.0) as online:
+    with Online(5.0) as online, Online(10.0) as burst:
         with online.to(url):
             with submitting(cluster.address, corpus.url, target.url) as job:
                 wait_for(committing, target)
-                wait_until(lambda: cluster.gpu_nodes() == MOST_NODES, NODES_WITHIN_S)
+                with burst.to(url):
+                    wait_until(lambda: cluster.gpu_nodes() == MOST_NODES, NODES_WITHIN_S)
                 _, err = job.communicate(timeout=170)
                 assert job.returncode == 0, err
             _serve(cluster, tmp_path, url, max_step=2)  # another version of the deployment: all are replaced
             wait_until(lambda: cluster.gpu_nodes() == 1, NODES_WITHIN_S)
-        assert online.answers.errors == 0
+        assert online.answers.errors == burst.answers.errors == 0
         assert len(online.answers.replicas) >= 3
     check_output(target.url, corpus.keys, corpus.undisturbed)
 
