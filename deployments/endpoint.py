@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve import RunTarget
 from ray.serve.exceptions import RayServeException
 
-from deployments.config import Config, EndpointConfig, PoolConfig
+from deployments.config import Config, EndpointConfig
 from deployments.pool import CONNECT_TIMEOUT_S, Answer, Running, deploy, pool_handle, wait_running, wait_warm
 from deployments.web import build_app
 from pipeline.decode import decode_image
@@ -35,12 +35,11 @@ class Endpoint:
     """The `Scorer` behind the routes. It starts only once the pool is warm."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, model: str, config: EndpointConfig, pool: PoolConfig
+        self, model: str, config: EndpointConfig, startup_timeout_s: float, may_sleep: bool
     ) -> None:
-        self._config = config
-        self._may_sleep = pool.replicas == 0
+        self._config, self._may_sleep = config, may_sleep
         self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="tandem-decode")
-        async with asyncio.timeout(pool.startup_timeout_s):
+        async with asyncio.timeout(startup_timeout_s):
             self._info = await self._connect(model)
         await self.score(_blank_image(), 1)  # so that no user's request is the first to take this way
 
@@ -121,7 +120,8 @@ def serve_model(model: str, config: Config) -> ModelInfo:
         ray_actor_options={"num_cpus": config.endpoint.cpus},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
     )(Endpoint)
-    application = deployment.bind(model, config.endpoint, config.pool)
+    # of the pool's configuration what it needs alone: Serve replaces a deployment whose arguments change
+    application = deployment.bind(model, config.endpoint, config.pool.startup_timeout_s, config.pool.replicas == 0)
     deploy(model, config.pool)
     serve.run_many([RunTarget(application, name=APP)], wait_for_applications_running=False)
     try:

@@ -22,8 +22,8 @@ from tests.stores import free_ports
 HEAD_CPUS = 3
 MOST_NODES = 3
 NODES_WITHIN_S = 150.0
-# A logical GPU for each replica, so that each wants a node of its own. Steps of one image, so that a job waits for the
-# pool and not for its decoders.
+# A logical GPU and all CPUs of a node for each replica, so that each has a node to itself. Steps of one image, so that
+# a job waits for the pool and not for its decoders.
 POOL = """
 pool:
   max_step: {max_step}
@@ -34,7 +34,7 @@ pool:
   downscale_delay_s: 5
   max_surge_percent: 100
   gpus: 1
-  cpus: 0.5
+  cpus: 1
   device: cpu
   threads: 1
 endpoint:
