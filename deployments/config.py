@@ -74,9 +74,14 @@ class PoolConfig:
         return self.max_replicas or max(self.replicas, 1)
 
     @property
+    def batch_ceiling(self) -> int:
+        """The most replicas that jobs may have."""
+        return self.batch_max_replicas or self.online_ceiling
+
+    @property
     def ceiling(self) -> int:
         """The most replicas that there may be."""
-        return max(self.online_ceiling, self.batch_max_replicas or 0)
+        return max(self.online_ceiling, self.batch_ceiling)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,7 +194,7 @@ def deploy(model: str, config: PoolConfig) -> None:
 def _autoscaling(config: PoolConfig) -> AutoscalingConfig:
     ceilings = {
         "max_replicas": config.online_ceiling,
-        "batch_max_replicas": config.batch_max_replicas or config.online_ceiling,
+        "batch_max_replicas": config.batch_ceiling,
         "online_share": config.online_share,
     }
     policy = AutoscalingPolicy(policy_function=POLICY, policy_kwargs=ceilings)  # type: ignore[no-untyped-call]

@@ -92,8 +92,7 @@ class DataPath:
 
     def _stretch(self, work: list[tuple[Shard, frozenset[int]]], replicas: int) -> Iterator[Receipt]:
         decoders, decode_cpus = _decoders()
-        callers = math.ceil(replicas / REPLICAS_PER_CALLER)
-        in_flight = WINDOW * math.ceil(replicas / callers)
+        callers, in_flight = callers_for(replicas)
         dataset = (
             ray.data.read_datasource(
                 _Shards(self, work),
@@ -139,6 +138,12 @@ def _configure(context: DataContext) -> None:
     context.target_max_block_size = 1
     context.target_min_block_size = 1
     context.execution_options.resource_limits = ExecutionResources.for_limits(gpu=0)
+
+
+def callers_for(replicas: int) -> tuple[int, int]:
+    """How many processes call so many replicas, and the chunks that each of them keeps under way."""
+    callers = math.ceil(replicas / REPLICAS_PER_CALLER)
+    return callers, WINDOW * math.ceil(replicas / callers)
 
 
 def _decoders() -> tuple[int, float]:

@@ -40,9 +40,7 @@ def replay(
     demand: Callable[[int], Demand], seconds: int, config: PoolConfig = POOL, *, every_s: int = EVERY_S
 ) -> list[int]:
     """The pool's target, second by second, where each replica tells its load as the real one does."""
-    policy = _apply_autoscaling_config(
-        LanePolicy(config.online_ceiling, config.batch_max_replicas or config.online_ceiling, config.online_share)
-    )
+    policy = _apply_autoscaling_config(LanePolicy(config.online_ceiling, config.batch_ceiling, config.online_share))
     settings = SimpleNamespace(
         upscale_delay_s=config.upscale_delay_s,
         downscale_delay_s=config.downscale_delay_s,

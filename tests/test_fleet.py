@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 import random
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from deployments.routing import LaneRouter
-from jobs.datapath import REPLICAS_PER_CALLER, WINDOW
+from jobs.datapath import WINDOW, callers_for
 from tests.simulation import h200
 
 CHUNK, STEP = 256, 128
@@ -68,16 +67,16 @@ def _result(coroutine: Any) -> Any:
 
 
 def throughput(count: int, *, window: int = WINDOW) -> float:
-    """The share of the replicas' time that goes into chunks."""
+    """The share of the replicas' time that goes into chunks, with so many of them under way for each replica."""
     rng = random.Random(count)
     random.seed(count)  # the router breaks ties at random
     replicas = [Replica(number) for number in range(count)]
-    callers = [Caller() for _ in range(math.ceil(count / REPLICAS_PER_CALLER))]
-    in_flight = window * math.ceil(count / len(callers))
+    processes, in_flight = callers_for(count)
     numbers = itertools.count()
-    free = [(rng.uniform(0, MOST_MS), next(numbers), caller, None) for caller in callers for _ in range(in_flight)]
-    events: list[tuple[float, int, Caller, tuple[Replica, str] | None]] = list(free)
-    heapq.heapify(events)
+    events: list[tuple[float, int, Caller, tuple[Replica, str] | None]] = []
+    for caller in [Caller() for _ in range(processes)]:
+        for _ in range(in_flight * window // WINDOW):
+            heapq.heappush(events, (rng.uniform(0, MOST_MS), next(numbers), caller, None))
     while events[0][0] < SECONDS * 1e3:
         now_ms, _, caller, done = heapq.heappop(events)
         if done:
