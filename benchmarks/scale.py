@@ -147,7 +147,7 @@ def staged_without_data(images: int) -> Any:
 
         def close(self) -> None: ...
 
-    def receipts(path: Any, work: list[Any], replicas: int) -> Iterator[Receipt]:
+    def receipts(path: Any, work: list[Any], pool: PoolConfig) -> Iterator[Receipt]:
         ready = []
         for chunk in chunks(Reader(), "shard", ChunkLimits()):
             count = len(chunk.images)

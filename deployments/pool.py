@@ -238,6 +238,17 @@ def connect(model: str, timeout_s: float) -> tuple[DeploymentHandle[Any], Runnin
             raise PoolFailed(f"the pool of {model} runs, but did not answer in {timeout_s:.0f} s")
 
 
+def cpus_to_come(model: str, config: PoolConfig) -> float:
+    """CPUs that replicas of the pool which do not run yet may want of the nodes that there are now."""
+    states = serve.status().applications[app_name(model)].deployments[DEPLOYMENT].replica_states
+    running = sum(count for state, count in states.items() if state == "RUNNING")
+    to_come, gpus = max(0, config.ceiling - running), _gpus(config)
+    if gpus:  # where no GPU is free, a replica comes with a node of its own
+        resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        to_come = min(to_come, int(resources.get("GPU", 0.0) / gpus))
+    return to_come * config.cpus
+
+
 def take_down(model: str) -> None:
     """Ends the pool of `model`, if there is one."""
     serve.delete(app_name(model))

@@ -21,6 +21,7 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoo
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from deployments.config import PoolConfig
 from jobs.lease import Fence
 from jobs.receipts import Receipt
 from jobs.spec import JobPaths
@@ -78,21 +79,24 @@ class DataPath:
     labels: tuple[str, ...]
     top_k: int
 
-    def receipts(self, work: list[tuple[Shard, frozenset[int]]], replicas: int) -> Iterator[Receipt]:
+    def receipts(self, work: list[tuple[Shard, frozenset[int]]], pool: PoolConfig) -> Iterator[Receipt]:
         """Scores the shards, except their chunks that are staged already, and yields a receipt for each chunk.
 
-        `replicas` is how many the pool may have: it gets work for all of them, whether or not they are there yet.
+        The pool gets work for all replicas that it may have, whether or not they are there yet.
 
         One dataset after another, so that what Ray keeps of each task does not grow with the job, and so that each
         finds anew how many decoders the cluster has room for.
         """
         _configure(DataContext.get_current())
         for start in range(0, len(work), SHARDS_AT_ONCE):
-            yield from self._stretch(work[start : start + SHARDS_AT_ONCE], replicas)
+            yield from self._stretch(work[start : start + SHARDS_AT_ONCE], pool)
 
-    def _stretch(self, work: list[tuple[Shard, frozenset[int]]], replicas: int) -> Iterator[Receipt]:
-        decoders, decode_cpus = _decoders()
-        callers, in_flight = callers_for(replicas)
+    def _stretch(self, work: list[tuple[Shard, frozenset[int]]], pool: PoolConfig) -> Iterator[Receipt]:
+        from deployments.pool import cpus_to_come  # see `_Caller`
+
+        resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        decoders, decode_cpus = decoders_for(resources.get("CPU", 0.0), cpus_to_come(self.model, pool))
+        callers, in_flight = callers_for(pool.ceiling)
         dataset = (
             ray.data.read_datasource(
                 _Shards(self, work),
@@ -146,21 +150,19 @@ def callers_for(replicas: int) -> tuple[int, int]:
     return callers, WINDOW * math.ceil(replicas / callers)
 
 
-def _decoders() -> tuple[int, float]:
+def decoders_for(free_cpus: float, kept_cpus: float) -> tuple[int, float]:
     """Decode tasks at once, and CPUs of each: what the pool, its endpoint, the caller and the reader leave.
 
-    Where less than one CPU is left, one task takes what there is: a task that asks for more would wait for ever.
+    `kept_cpus` of the free ones are left to replicas that are still to come, but for those of one task. Where less than
+    one CPU is left, the task takes what there is: one that asks for more would wait for ever. Raises `JobError`.
     """
-    resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    free = resources.get("CPU", 0.0)
-    if free <= READ_CPUS:
+    if free_cpus <= READ_CPUS:
         raise JobError(
-            f"the cluster has {free:g} free CPUs, and a job needs more than {READ_CPUS:g} beside the pool: add a node, "
-            "or give the pool fewer cpus or replicas"
+            f"the cluster has {free_cpus:g} free CPUs, and a job needs more than {READ_CPUS:g} beside the pool: add a "
+            "node, or give the pool fewer cpus or replicas"
         )
-    if free - READ_CPUS >= DECODE_CPUS:
-        return int((free - READ_CPUS) / DECODE_CPUS), DECODE_CPUS
-    return 1, round(free - READ_CPUS, 2)
+    cpus = min(DECODE_CPUS, round(free_cpus - READ_CPUS, 2))
+    return max(1, int((free_cpus - READ_CPUS - kept_cpus) / cpus)), cpus
 
 
 class _Shards(Datasource):

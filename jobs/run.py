@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 from ray.exceptions import RayError, RayTaskError
 
-from deployments.config import Config
+from deployments.config import Config, PoolConfig
 from deployments.pool import Running, attach, bring_up, take_down
 from jobs.commit import commit_shard
 from jobs.datapath import DataPath, give_way
@@ -203,7 +203,7 @@ class _Run:
             work = self._work()
             self._tally = Tally()
             if work:
-                for receipt in _receipts(self._path(pool.info), work, pool.config.ceiling):
+                for receipt in _receipts(self._path(pool.info), work, pool.config):
                     self._take(receipt, threads)
                     self._tally.check_errors(max_error_share)
             self._reap(pending=0)
@@ -306,10 +306,10 @@ class _Run:
         self._store.write(JobPaths.PROGRESS, json.dumps({"updated_at": now, **progress.to_dict()}, indent=2).encode())
 
 
-def _receipts(path: DataPath, work: list[tuple[Shard, frozenset[int]]], replicas: int) -> Iterator[Receipt]:
+def _receipts(path: DataPath, work: list[tuple[Shard, frozenset[int]]], pool: PoolConfig) -> Iterator[Receipt]:
     """The data path's receipts, with errors of workers told as what they are."""
     try:
-        yield from path.receipts(work, replicas)
+        yield from path.receipts(work, pool)
     except RayTaskError as error:
         cause: BaseException | None = error
         # Ray's wrapper is of the wrapped error's kind as well

@@ -33,6 +33,7 @@ class Cluster:
         self._port, self._dashboard, *self._head_ports = free_ports(4)
         self._nodes: list[subprocess.Popen[bytes]] = []
         self.address = f"http://127.0.0.1:{self._dashboard}"
+        self.gcs_address = f"127.0.0.1:{self._port}"
 
     def start_head(self, cpus: int, *options: str) -> None:
         """`ray start --head`; waits until the job API answers."""
@@ -58,7 +59,7 @@ class Cluster:
                 "disable_launch_config_check": True,
                 "launch_multiple": True,
                 "head_node_id": HEAD_ID,
-                "gcs_address": f"127.0.0.1:{self._port}",
+                "gcs_address": self.gcs_address,
             },
             "head_node_type": "ray.head.default",
             "available_node_types": {
@@ -100,7 +101,7 @@ class Cluster:
         """`ray start --address`; waits until the node is one of the cluster's."""
         (agent,) = free_ports(1)
         node = self._start(
-            f"--address=127.0.0.1:{self._port}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}",
+            f"--address={self.gcs_address}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}",
             f"--node-name={name}",
         )  # fmt: skip
         deadline = time.monotonic() + START_S

@@ -13,7 +13,7 @@ from hypothesis import settings
 
 from pipeline import s3
 from pipeline.storage import Store, open_store
-from tests.cluster import ray_cluster
+from tests.cluster import Cluster, ray_cluster
 from tests.command import MODEL, Done, tandem, tandem_in_terminal
 from tests.poison import poisoned_environment
 from tests.stores import ACCESS_KEY, SECRET_KEY, Radosgw, environment, free_ports, missing_programs, moto
@@ -90,19 +90,25 @@ def demo(tmp_path_factory: pytest.TempPathFactory, state: dict[str, str]) -> Dem
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests of the shared cluster come last: what starts a Ray of its own must not find another beside it."""
-    items.sort(key=lambda item: "address" in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: "shared_cluster" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The job API of a cluster that has credentials of its own; where the store is, comes with each job.
+def address(shared_cluster: Cluster) -> str:
+    """The shared cluster's job API."""
+    return shared_cluster.address
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster that has credentials of its own; where the store is, comes with each job.
 
     Its processes die of `tests.poison.POISON`.
     """
     folder = tmp_path_factory.mktemp("ray")
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
-    with ray_cluster(folder, keys | poisoned_environment(folder / "poison")) as cluster:
-        yield cluster.address
+    with ray_cluster(folder, keys | poisoned_environment(folder / "poison")) as one:
+        yield one
 
 
 @pytest.fixture(scope="session")

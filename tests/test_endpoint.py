@@ -1,8 +1,11 @@
-"""What the endpoint makes of the pool's answers, and of replicas that die under a call."""
+"""What the endpoint makes of the pool's answers, of replicas that die under a call, and of clients that leave."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
 from collections.abc import Generator
 
 import pytest
@@ -10,6 +13,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from deployments.endpoint import _answer
 from pipeline.errors import PoolFailed
+from tests.cluster import OPEN, Cluster, clean_environment
 
 
 class Call:
@@ -70,3 +74,15 @@ def test_a_caller_that_leaves_takes_its_call_along() -> None:
         assert call.cancelled
 
     asyncio.run(test())
+
+
+def test_a_client_that_hangs_up_is_not_scored(shared_cluster: Cluster, endpoint: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hangups", shared_cluster.gcs_address, endpoint],
+        env=clean_environment(OPEN), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["hung_up"] >= 5, "the lane was not full"
+    assert told["scored"] <= told["hung_up"] // 2  # one may be in a step already as its client leaves
