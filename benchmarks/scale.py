@@ -33,6 +33,7 @@ from deployments.config import Config, PoolConfig
 from jobs.corpus import digits, encode
 from jobs.models import shipped
 from jobs.spec import JobSpec
+from pipeline.chunks import IMAGES_PER_CHUNK, ChunkLimits
 from tests.corpora import tar_of
 
 MODEL = str(shipped("digits-vit"))
@@ -43,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, required=True)
     parser.add_argument("--images", type=int, default=1000, help="in each shard")
+    parser.add_argument("--chunk-images", type=int, default=IMAGES_PER_CHUNK, help="few, to see what a chunk costs")
     parser.add_argument("--no-data", action="store_true", help="plan and commit only")
     parser.add_argument("--folder", default=None, help="where INPUT and OUTPUT are made, such as /dev/shm")
     options = parser.parse_args()
@@ -75,7 +77,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Runs the job and tells its times and peaks."""
     from jobs.run import prepare, run_job
 
-    spec = JobSpec(input=str(folder / "in"), output=str(folder / "out"), model=MODEL)
+    limits = ChunkLimits(images=options.chunk_images)
+    spec = JobSpec(input=str(folder / "in"), output=str(folder / "out"), model=MODEL, limits=limits)
     before_mb = rss_mb(os.getpid())
     started_s = time.perf_counter()
     job = prepare(spec)
@@ -83,7 +86,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     with local_ray():
         start_serve(http=False)
         deploy_stub()
-        stub = mock.patch("jobs.datapath.DataPath.receipts", staged_without_data(options.images))
+        stub = mock.patch("jobs.datapath.DataPath.receipts", staged_without_data(options.images, limits))
         watch = Watch()
         with watch, stub if options.no_data else nullcontext():
             cpu_s = time.process_time()
@@ -130,11 +133,11 @@ def deploy_stub() -> None:
     wait_running(app_name(MODEL), 120)
 
 
-def staged_without_data(images: int) -> Any:
+def staged_without_data(images: int, limits: ChunkLimits) -> Any:
     """A `DataPath.receipts` that stages chunks of made-up rows."""
     from jobs.receipts import Receipt
     from jobs.spec import JobPaths
-    from pipeline.chunks import IMAGES_PER_CHUNK, ChunkLimits, chunks, to_ipc
+    from pipeline.chunks import chunks, to_ipc
     from pipeline.inputs import Sample
     from pipeline.output import scored
 
@@ -149,12 +152,12 @@ def staged_without_data(images: int) -> Any:
 
     def receipts(path: Any, work: list[Any], pool: PoolConfig) -> Iterator[Receipt]:
         ready = []
-        for chunk in chunks(Reader(), "shard", ChunkLimits()):
+        for chunk in chunks(Reader(), "shard", limits):
             count = len(chunk.images)
             top_NK = np.tile(np.arange(path.top_k, dtype=np.int32), (count, 1))
             rows = scored(chunk.rows, path.labels, top_NK, np.full(top_NK.shape, 0.1, np.float32))
             ready.append((chunk, to_ipc(rows)))
-        assert len(ready) == -(-images // IMAGES_PER_CHUNK)
+        assert len(ready) == -(-images // limits.images)
         for shard, _ in work:
             for chunk, data in ready:
                 path.target.write(JobPaths.staged(shard.number, chunk.index, last=chunk.last), data)
