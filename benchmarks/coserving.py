@@ -66,7 +66,7 @@ class Accelerator:
     def __init__(self, stretch: float) -> None:
         self._stretch, self._free_s = stretch, 0.0
 
-    def launch(self, images: Sequence[np.ndarray], top_k: int) -> Callable[[], Scores]:
+    def launch(self, images: Sequence[np.ndarray], top_k: int, *, details: bool) -> Callable[[], Scores]:
         """See `pipeline.dispatcher.Model`."""
         count = sum(map(len, images))
         ends_s = self._free_s = max(self._free_s, time.monotonic()) + self._stretch * step_ms(count) / 1e3
@@ -155,9 +155,11 @@ def pools(setting: Setting, name: str, *, fifo: bool) -> Iterator[list[Any]]:
             self._info = SimpleNamespace(scores_as="simulated")  # type: ignore[assignment]
             self._dispatcher = Dispatcher(Accelerator(setting.stretch), limits, times)
 
-        async def score_online(self, images_NHWC: np.ndarray, top_k: int, within_s: float) -> Any:
+        async def score_online(
+            self, images_NHWC: np.ndarray, top_k: int, within_s: float, details: bool = False
+        ) -> Any:
             if not fifo:
-                return await super().score_online(images_NHWC, top_k, within_s)
+                return await super().score_online(images_NHWC, top_k, within_s, details)
             await self._dispatcher.submit(Lane.BATCH, images_NHWC, top_k)
             return None
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,6 +20,10 @@ from pipeline.model_info import Dtype
 # Fractions, so that a machine of two cores has room for the pool, the endpoint and a job's readers and decoders.
 REPLICA_CPUS = 0.5
 ENDPOINT_CPUS = 0.1
+
+
+_ROUTE = re.compile(r"(/[\w.~:-]+)+")
+_HOST = re.compile(r"(\*\.)?[\w.-]+(:\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +91,33 @@ class PoolConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EndpointConfig:
-    """The HTTP side. Sizes in bytes and pixels of one image, times in seconds."""
+    """The HTTP side. Sizes in bytes of a request and pixels of one image, times in seconds.
+
+    `image_url_hosts` are those from which images may be fetched for a caller: names, `*.name`, or `name:port`; none
+    means that no URL is fetched. `health_route` and `predict_route` are those of a Vertex AI container.
+    """
 
     replicas: int = 1
     cpus: float = ENDPOINT_CPUS
     max_body_bytes: int = 32 << 20
     max_pixels: int = DEFAULT_MAX_PIXELS
+    max_images: int = 64
     timeout_s: float = 30.0
     decode_threads: int = 2
+    image_url_hosts: tuple[str, ...] = ()
+    health_route: str | None = None
+    predict_route: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "replicas", "max_body_bytes", "max_pixels", "decode_threads")
+        _at_least(self, 1, "replicas", "max_body_bytes", "max_pixels", "max_images", "decode_threads")
         _at_least(self, 0, "cpus", "timeout_s")
+        for name in ("health_route", "predict_route"):
+            route = getattr(self, name)
+            if route is not None and not _ROUTE.fullmatch(route):
+                raise UsageError(f"{name} is {route!r}; it must be a path, such as /health")
+        for host in self.image_url_hosts:
+            if not _HOST.fullmatch(host):
+                raise UsageError(f"image_url_hosts has {host!r}; it must be a name, *.name or name:port")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +153,20 @@ def parse_config(content: Any) -> Config:
     )
 
 
+def with_routes_of_container(config: Config, environment: Mapping[str, str]) -> Config:
+    """The configuration, with the routes that Vertex AI tells its containers where it has none. Raises `UsageError`."""
+    endpoint = config.endpoint
+    try:
+        endpoint = replace(
+            endpoint,
+            health_route=endpoint.health_route or environment.get("AIP_HEALTH_ROUTE") or None,
+            predict_route=endpoint.predict_route or environment.get("AIP_PREDICT_ROUTE") or None,
+        )
+    except UsageError as error:
+        raise UsageError(f"AIP_HEALTH_ROUTE or AIP_PREDICT_ROUTE: {error}") from error
+    return replace(config, endpoint=endpoint)
+
+
 Section = TypeVar("Section", PoolConfig, EndpointConfig)
 
 
@@ -141,9 +175,10 @@ def _section(kind: type[Section], content: Any, where: str) -> Section:
     kinds = {known.name: str(known.type) for known in fields(kind)}
     for name, value in options.items():
         if not _fits(value, kinds[name]):
-            raise UsageError(f"{where}.{name} is {value!r}; it must be {kinds[name].replace(' | None', '')}")
+            raise UsageError(f"{where}.{name} is {value!r}; it must be {_told(kinds[name])}")
+    values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in options.items()}
     try:
-        return kind(**options)
+        return kind(**values)
     except UsageError as error:
         raise UsageError(f"{where}.{error}") from error
 
@@ -165,11 +200,17 @@ def _fits(value: Any, kind: str) -> bool:
         return kind.endswith("| None")
     if isinstance(value, bool):
         return False
+    if kind.startswith("tuple"):
+        return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
     if "float" in kind:
         return isinstance(value, int | float)
     if "int" in kind:
         return isinstance(value, int)
-    return kind != "str" or isinstance(value, str)  # the values of other types are checked by their class
+    return "str" not in kind or isinstance(value, str)  # the values of other types are checked by their class
+
+
+def _told(kind: str) -> str:
+    return "a list of str" if kind.startswith("tuple") else kind.replace(" | None", "")
 
 
 def _at_least(config: object, low: float, *names: str) -> None:

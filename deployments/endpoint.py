@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from fastapi import FastAPI
-from PIL import Image
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve import RunTarget
@@ -19,15 +19,17 @@ from ray.serve.exceptions import RayServeException
 
 from deployments.config import Config, EndpointConfig
 from deployments.pool import CONNECT_TIMEOUT_S, Answer, Running, deploy, pool_handle, wait_running, wait_warm
-from deployments.web import build_app
-from pipeline.decode import decode_image
-from pipeline.errors import Busy, Expired, ModelError, PoolFailed, TandemError
+from deployments.web.app import build_app
+from deployments.web.scoring import Image, Scored, Wanted, check_wanted, other_function, scored_as_wanted
+from pipeline.decode import decode_image, resize_pixels
+from pipeline.errors import Busy, Expired, ImageError, ModelError, PoolFailed, TandemError
 from pipeline.model_info import ModelInfo
 
 APP = "tandem-http"
 DEPLOYMENT = "endpoint"
 # Above what decode threads and lanes hold at once, so that overload is answered by the lanes, with a reason.
 MAX_ONGOING_REQUESTS = 2048
+CALL_IMAGES = 16  # the images of a larger request go to several replicas
 
 
 @serve.ingress()
@@ -41,7 +43,9 @@ class Endpoint:
         self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="tandem-decode")
         async with asyncio.timeout(startup_timeout_s):
             self._info = await self._connect(model)
-        await self.score(_blank_image(), 1)  # so that no user's request is the first to take this way
+        await self.score(
+            [_blank_image()], Wanted(), startup_timeout_s
+        )  # so that no user's request is the first to take this way
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self, self._config)
@@ -63,30 +67,55 @@ class Endpoint:
             raise running
         return running.info
 
-    async def score(self, image: bytes, top_k: int) -> tuple[list[dict[str, Any]], str]:
+    async def score(self, images: Sequence[Image], wanted: Wanted, within_s: float) -> list[Scored | ImageError]:
         """See `Scorer`."""
+        check_wanted(wanted, self._info)
         loop = asyncio.get_running_loop()
-        ends_s = loop.time() + self._config.timeout_s
-        image_HWC = await loop.run_in_executor(self._threads, self._decode, image)
-        top_k = min(top_k, len(self._info.labels))
+        ends_s = loop.time() + within_s
+        decoding = [loop.run_in_executor(self._threads, self._decode, image) for image in images]
+        decoded = await asyncio.gather(*decoding)
+        good = [one for one in decoded if isinstance(one, np.ndarray)]
+        parts = [np.stack(good[start : start + CALL_IMAGES]) for start in range(0, len(good), CALL_IMAGES)]
+        async with _together() as calls:
+            tasks = [calls.create_task(self._call(part_NHWC, wanted, ends_s)) for part_NHWC in parts]
+        scored = iter([one for task in tasks for one in task.result()])
+        return [one if isinstance(one, ImageError) else next(scored) for one in decoded]
+
+    async def _call(self, images_NHWC: np.ndarray, wanted: Wanted, ends_s: float) -> list[Scored]:
+        top_k = min(wanted.top_k, len(self._info.labels))
+        details = wanted.embedding or other_function(wanted, self._info)
         answer: Answer | Busy | Expired = await _answer(
-            lambda: self._pool.score_online.remote(image_HWC[None], top_k, ends_s - loop.time())
+            lambda: self._pool.score_online.remote(
+                images_NHWC, top_k, ends_s - asyncio.get_running_loop().time(), details
+            )
         )
         if not isinstance(answer, Answer):
             raise answer
-        top_K, scores_K = answer.scores.top_NK[0].tolist(), answer.scores.scores_NK[0].tolist()
-        best = [
-            {"label": self._info.labels[index], "score": score} for index, score in zip(top_K, scores_K, strict=True)
-        ]
-        return best, answer.replica
+        return scored_as_wanted(answer.scores, self._info, wanted, answer.replica)
 
-    def _decode(self, image: bytes) -> np.ndarray:
-        return decode_image(image, self._info.transform, max_pixels=self._config.max_pixels)
+    def _decode(self, image: Image) -> np.ndarray | ImageError:
+        transform, max_pixels = self._info.transform, self._config.max_pixels
+        try:
+            if isinstance(image, np.ndarray):
+                return resize_pixels(image, transform, max_pixels=max_pixels)
+            return decode_image(image, transform, max_pixels=max_pixels)
+        except ImageError as error:
+            return error
+
+
+@asynccontextmanager
+async def _together() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group whose first failure is raised as what it is, once the others are cancelled."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
 
 
 def _blank_image() -> bytes:
     sink = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(sink, "PNG")
+    PIL.Image.new("RGB", (1, 1)).save(sink, "PNG")
     return sink.getvalue()
 
 

@@ -120,10 +120,12 @@ class ModelReplica:
             BATCH_STEPS: self._dispatcher.backlog(Lane.BATCH) / self._max_step,
         }
 
-    async def score_online(self, images_NHWC: np.ndarray, top_k: int, within_s: float) -> Answer | Busy | Expired:
+    async def score_online(
+        self, images_NHWC: np.ndarray, top_k: int, within_s: float, details: bool = False
+    ) -> Answer | Busy | Expired:
         """Scores uint8 images [N, H, W, 3] before any batch image that waits, within that time or not at all."""
         try:
-            scores = await self._dispatcher.submit(Lane.ONLINE, images_NHWC, top_k, within_s=within_s)
+            scores = await self._dispatcher.submit(Lane.ONLINE, images_NHWC, top_k, within_s=within_s, details=details)
         except (Busy, Expired) as error:
             return error  # an answer, not an accident: raised, Serve would log a stack trace for each
         return Answer(scores, self.replica, self._info.scores_as)

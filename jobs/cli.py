@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from deployments.config import load_config
+from deployments.config import load_config, with_routes_of_container
 from jobs.screen import Screen, own_screen
 from jobs.spec import JobSpec, portable
 from pipeline import __version__
@@ -57,12 +58,15 @@ def demo(as_json: bool) -> None:
 @cli.command()
 @click.option("--model", required=True, metavar="MODEL", help="A hub id, or a folder made by save_pretrained.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="The port to listen on.")
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="The port to listen on.",
+    envvar=["AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT"],
+)  # fmt: skip
 @_config
 @_address
 def serve(model: str, host: str, port: int, config_file: str | None, address: str | None) -> None:
     """Keep an endpoint up: here until Ctrl-C, or in the cluster at ADDRESS."""
-    config = load_config(config_file)
+    config = with_routes_of_container(load_config(config_file), os.environ)
     with _screen(as_json=False) as screen:
         from jobs.serving import serve_here, serve_there
 

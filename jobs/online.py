@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from deployments.web import REPLICA_HEADER
+from deployments.web.scoring import REPLICA_HEADER
 from jobs.corpus import digits, encode
 
 TIMEOUT_S = 30.0

@@ -42,11 +42,9 @@ def _score(client: httpx.Client, image: str, top_k: int) -> dict[str, Any]:
     response = client.post("/predict", params={"top_k": top_k}, content=content)
     try:
         answer = response.json()
-        if response.is_success and isinstance(answer, list):
-            return {
-                "image": image,
-                "predictions": [{"label": best["label"], "score": best["score"]} for best in answer],
-            }
+        if response.is_success:
+            predictions = [{"label": best["label"], "score": best["score"]} for best in answer["predictions"]]
+            return {"image": image, "predictions": predictions}
         return {"image": image, "error": answer["detail"]}
     except (ValueError, KeyError, TypeError):
         return {"image": image, "error": f"HTTP {response.status_code}, not the answer of a Tandem endpoint"}

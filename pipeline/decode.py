@@ -92,7 +92,21 @@ def decode_image(
     image = _open(data, max_pixels)
     _check_declared(image, max_pixels)
     _check_scans(image, data)
-    image_RGB = _load_rgb(image)
+    return _resized(_load_rgb(image), transform, max_pixels)
+
+
+def resize_pixels(
+    image_HWC: npt.NDArray[np.uint8], transform: ImageTransform, *, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> npt.NDArray[np.uint8]:
+    """The same of an image that is decoded already, uint8 [H, W, 3] in RGB."""
+    if not image_HWC.size:
+        raise ImageError(f"the image is empty: {image_HWC.shape[1]} x {image_HWC.shape[0]} pixels")
+    image_RGB = Image.fromarray(image_HWC)
+    _check_declared(image_RGB, max_pixels)
+    return _resized(image_RGB, transform, max_pixels)
+
+
+def _resized(image_RGB: Image.Image, transform: ImageTransform, max_pixels: int) -> npt.NDArray[np.uint8]:
     _check_resized(image_RGB, transform, max_pixels)
     try:
         return transform.pixels(image_RGB)

@@ -23,20 +23,54 @@ _ENDED = "the replica is shutting down"
 
 @dataclass(frozen=True)
 class Scores:
-    """The best classes of each image, best first: `top_NK` int32 class indices, `scores_NK` float32 probabilities."""
+    """The best classes of each image, best first: `top_NK` int32 class indices, `scores_NK` float32 probabilities.
+
+    Where asked for, the details: `logits_NC` float32 of every class, and `embeddings_ND` float32, which are what the
+    model's last layer makes logits of, for a model that has such a layer.
+    """
 
     top_NK: np.ndarray
     scores_NK: np.ndarray
+    logits_NC: np.ndarray | None = None
+    embeddings_ND: np.ndarray | None = None
+
+    def part(self, start: int, stop: int, top_k: int, *, details: bool) -> Scores:
+        """Those of images [start, stop)."""
+        part = slice(start, stop)
+        logits_NC, embeddings_ND = (self.logits_NC, self.embeddings_ND) if details else (None, None)
+        return Scores(
+            self.top_NK[part, :top_k],
+            self.scores_NK[part, :top_k],
+            None if logits_NC is None else logits_NC[part],
+            None if embeddings_ND is None else embeddings_ND[part],
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """Those of one image after another."""
+        return cls(
+            np.concatenate([part.top_NK for part in parts]),
+            np.concatenate([part.scores_NK for part in parts]),
+            _joined([part.logits_NC for part in parts]),
+            _joined([part.embeddings_ND for part in parts]),
+        )
+
+
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """The arrays in one, or None where they are not there."""
+    there = [part for part in parts if part is not None]
+    return np.concatenate(there) if there else None
 
 
 class Model(Protocol):
     """What scores steps."""
 
-    def launch(self, images: Sequence[np.ndarray], top_k: int) -> Callable[[], Scores]:
+    def launch(self, images: Sequence[np.ndarray], top_k: int, *, details: bool) -> Callable[[], Scores]:
         """Hands a step to the device, behind those handed to it before, and gives what waits for its scores.
 
         `images` are arrays of uint8 images of the model's size, [n, H, W, 3], whose best classes are found in their
-        order. Called from one thread at a time, and what it gives from another one, once each and in order.
+        order, with details where asked for. Called from one thread at a time, and what it gives from another one, once
+        each and in order.
         """
 
 
@@ -77,7 +111,15 @@ class Dispatcher:
         finally:
             self._lanes.arrived(lane, images)
 
-    async def submit(self, lane: Lane, images_NHWC: np.ndarray, top_k: int, *, within_s: float = math.inf) -> Scores:
+    async def submit(
+        self,
+        lane: Lane,
+        images_NHWC: np.ndarray,
+        top_k: int,
+        *,
+        within_s: float = math.inf,
+        details: bool = False,
+    ) -> Scores:
         """Scores a request's images, uint8 [N, H, W, 3] with N > 0.
 
         Raises `Busy` at once where the lane is full, or has so much to do that `within_s` would not be enough;
@@ -86,7 +128,7 @@ class Dispatcher:
         if self._ended:
             raise Busy(_ENDED)
         now_s = self._clock()
-        request = _Request(images_NHWC, top_k, len(images_NHWC), asyncio.get_running_loop().create_future())
+        request = _Request(images_NHWC, top_k, details, len(images_NHWC), asyncio.get_running_loop().create_future())
         if not self._lanes.offer(lane, request, len(images_NHWC), now_s, now_s + within_s):
             raise self._busy(lane)
         self._changed.set()
@@ -160,7 +202,8 @@ class Dispatcher:
         """On the launching thread: what waits for the step's scores, and when the device had it."""
         images = [part.token.images_NHWC[part.start : part.stop] for part in step]
         try:
-            scores = self._model.launch(images, max(part.token.top_k for part in step))
+            top_k, details = max(part.token.top_k for part in step), any(part.token.details for part in step)
+            scores = self._model.launch(images, top_k, details=details)
         except Exception as error:  # told where the scores are read, so that steps end in their order
             scores = partial(_raise, error)
         return scores, self._clock()
@@ -174,7 +217,8 @@ class Dispatcher:
             raise ValueError(f"the model gave {len(found.top_NK)} scores for {images} images")
         offset = 0
         for part in step:
-            part.token.add(found.top_NK[offset : offset + len(part)], found.scores_NK[offset : offset + len(part)])
+            token = part.token
+            token.add(found.part(offset, offset + len(part), token.top_k, details=token.details))
             offset += len(part)
             self.images[part.lane] += len(part)
 
@@ -196,18 +240,17 @@ class Dispatcher:
 class _Request:
     images_NHWC: np.ndarray
     top_k: int
+    details: bool
     remaining: int
     done: asyncio.Future[Scores]
-    tops: list[np.ndarray] = field(default_factory=list)
-    scores: list[np.ndarray] = field(default_factory=list)
+    parts: list[Scores] = field(default_factory=list)
 
-    def add(self, top_NK: np.ndarray, scores_NK: np.ndarray) -> None:
+    def add(self, part: Scores) -> None:
         """Takes the next of this request's scores, and answers when they are the last."""
-        self.tops.append(top_NK[:, : self.top_k])
-        self.scores.append(scores_NK[:, : self.top_k])
-        self.remaining -= len(top_NK)
+        self.parts.append(part)
+        self.remaining -= len(part.top_NK)
         if not self.remaining and not self.done.done():
-            self.done.set_result(Scores(np.concatenate(self.tops), np.concatenate(self.scores)))
+            self.done.set_result(Scores.joined(self.parts))
 
     def fail(self, error: Exception) -> None:
         """Answers with the error, unless an answer was given."""

@@ -17,7 +17,7 @@ from torch.nn import functional
 from pipeline.checkpoint import Checkpoint
 from pipeline.dispatcher import Scores
 from pipeline.errors import ModelError
-from pipeline.model_info import Dtype, ModelInfo
+from pipeline.model_info import Dtype, Function, ModelInfo
 from pipeline.transform import transform_of
 
 
@@ -33,13 +33,19 @@ class Classifier:
         processor, self._network = _load(checkpoint, getattr(torch, dtype))
         self._network.to(self.device).eval()
         config = self._network.config
-        self._to_scores = _activation(config)
+        function = _function(config)
+        self._to_scores = _ACTIVATIONS[function]
+        head = _head(self._network)
+        if head is not None:
+            head.register_forward_pre_hook(self._keep_embeddings)
         self.info = ModelInfo(
             model=checkpoint.name,
             revision=checkpoint.revision,
             labels=_labels(checkpoint, config),
             transform=transform_of(processor),
             dtype=dtype,
+            function=function,
+            embedding_size=None if head is None else head.in_features,
             # Pillow too: its resize has changed bits between releases
             versions={
                 "torch": torch.__version__,
@@ -51,18 +57,26 @@ class Classifier:
         self._table = table.flatten().to(self._network.dtype)
         self._channel_offsets = torch.arange(3, dtype=torch.int32, device=self.device) * table.shape[1]
 
-    def launch(self, images: Sequence[np.ndarray], top_k: int) -> Callable[[], Scores]:
+    def launch(self, images: Sequence[np.ndarray], top_k: int, *, details: bool) -> Callable[[], Scores]:
         """See `pipeline.dispatcher.Model`."""
         images_NHWC = np.concatenate(images)
-        return lambda: self.score(images_NHWC, top_k)
+        return lambda: self.score(images_NHWC, top_k, details=details)
 
-    def score(self, images_NHWC: np.ndarray, top_k: int) -> Scores:
+    def score(self, images_NHWC: np.ndarray, top_k: int, *, details: bool = False) -> Scores:
         """The `top_k` best classes (at most as many as there are) of uint8 images [N, H, W, 3]."""
         with torch.inference_mode():
-            scores_NC = self._to_scores(self.logits(torch.from_numpy(images_NHWC)))
+            logits_NC = self.logits(torch.from_numpy(images_NHWC))
             # topk promises no order among equal scores, and saturated ones are often equal
-            best = torch.sort(scores_NC, dim=-1, descending=True, stable=True)
-            return Scores(best.indices[:, :top_k].to("cpu", torch.int32).numpy(), best.values[:, :top_k].cpu().numpy())
+            best = torch.sort(self._to_scores(logits_NC), dim=-1, descending=True, stable=True)
+            return Scores(
+                best.indices[:, :top_k].to("cpu", torch.int32).numpy(),
+                best.values[:, :top_k].cpu().numpy(),
+                logits_NC.cpu().numpy() if details else None,
+                self._embeddings_ND.float().cpu().numpy() if details and self.info.embedding_size else None,
+            )
+
+    def _keep_embeddings(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        (self._embeddings_ND,) = inputs
 
     def logits(self, images_NHWC: torch.Tensor) -> torch.Tensor:
         """float32 logits [N, classes] of uint8 images [N, H, W, 3]."""
@@ -105,13 +119,27 @@ def _device(name: str) -> torch.device:
         raise ModelError(f"device {name!r} cannot be used here: {_reason(error)}") from error
 
 
-def _activation(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+_ACTIVATIONS: dict[Function, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": partial(torch.softmax, dim=-1),
+    "sigmoid": torch.sigmoid,
+    "none": lambda logits_NC: logits_NC,
+}
+
+
+def _function(config: Any) -> Function:
     """What makes scores of logits, by the rules of transformers' pipeline."""
     if config.problem_type == "regression":
-        return lambda logits_NC: logits_NC
+        return "none"
     if config.problem_type == "multi_label_classification" or config.num_labels == 1:
-        return torch.sigmoid
-    return partial(torch.softmax, dim=-1)
+        return "sigmoid"
+    return "softmax"
+
+
+def _head(network: Any) -> torch.nn.Linear | None:
+    """The layer that makes logits of an embedding: the last linear one that has an output for each class."""
+    classes = network.config.num_labels
+    heads = [part for part in network.modules() if isinstance(part, torch.nn.Linear) and part.out_features == classes]
+    return heads[-1] if heads else None
 
 
 def _labels(checkpoint: Checkpoint, config: Any) -> tuple[str, ...]:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from deployments.config import Config, EndpointConfig, PoolConfig, load_config, parse_config
+from deployments.config import Config, EndpointConfig, PoolConfig, load_config, parse_config, with_routes_of_container
 from pipeline.errors import UsageError
 
 _SECTIONS = {"pool": PoolConfig, "endpoint": EndpointConfig}
 _OPTIONS = [(section, option) for section, kind in _SECTIONS.items() for option in dataclasses.fields(kind)]
 _NUMBERS = [(section, option.name) for section, option in _OPTIONS if str(option.type)[:3] in ("int", "flo")]
-_TEXTS = {"device": "cuda:0", "dtype": "bfloat16"}
+_ROUTES = {"health_route": "/health", "predict_route": "/v1/endpoints/e:predict"}
+_VALUES = {"device": "cuda:0", "dtype": "bfloat16", "image_url_hosts": ("*.images.org", "localhost:80"), **_ROUTES}
 
 
 def _written(tmp_path: Path, text: str) -> str:
@@ -26,8 +28,9 @@ def _written(tmp_path: Path, text: str) -> str:
 
 @pytest.mark.parametrize(("section", "option"), _OPTIONS, ids=lambda value: getattr(value, "name", value))
 def test_every_option_is_taken_from_the_file(section: str, option: dataclasses.Field[Any], tmp_path: Path) -> None:
-    value = _TEXTS.get(option.name, 3)
-    config = load_config(_written(tmp_path, f"{section}:\n  {option.name}: {value}\n"))
+    value = _VALUES.get(option.name, 3)
+    text = yaml.safe_dump({section: {option.name: list(value) if isinstance(value, tuple) else value}})
+    config = load_config(_written(tmp_path, text))
     assert getattr(getattr(config, section), option.name) == value
     assert dataclasses.replace(getattr(config, section), **{option.name: option.default}) == _SECTIONS[section]()
 
@@ -47,6 +50,18 @@ def test_a_number_that_cannot_be_is_refused_by_name_and_value(section: str, name
 def test_counts_of_the_pool_are_at_least_one(name: str) -> None:
     with pytest.raises(UsageError, match=rf"^pool\.{name} is 0; it must be at least 1"):
         parse_config({"pool": {name: 0}})
+
+
+@pytest.mark.parametrize("route", ["health", "/", "", "/a b", "/a?b", "//a", 3])
+def test_a_route_that_is_no_path_is_refused(route: Any) -> None:
+    with pytest.raises(UsageError, match=r"^endpoint\.health_route is "):
+        parse_config({"endpoint": {"health_route": route}})
+
+
+@pytest.mark.parametrize("hosts", ["images.org", [""], ["*"], ["http://images.org"], ["a/b"], ["a:b"], [3]])
+def test_a_host_that_is_no_name_is_refused(hosts: Any) -> None:
+    with pytest.raises(UsageError, match=r"^endpoint\.image_url_hosts "):
+        parse_config({"endpoint": {"image_url_hosts": hosts}})
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
@@ -161,3 +176,12 @@ def test_an_error_in_the_file_names_the_file_and_the_option(tmp_path: Path) -> N
 
 def test_the_defaults_come_back_from_a_mapping() -> None:
     assert parse_config(dataclasses.asdict(Config())) == Config()
+
+
+def test_routes_of_a_container_are_taken_where_the_file_has_none() -> None:
+    environment = {"AIP_HEALTH_ROUTE": "/health", "AIP_PREDICT_ROUTE": "/v1/endpoints/1/deployedModels/2:predict"}
+    config = with_routes_of_container(parse_config({"endpoint": {"health_route": "/mine"}}), environment)
+    assert (config.endpoint.health_route, config.endpoint.predict_route) == ("/mine", environment["AIP_PREDICT_ROUTE"])
+    assert with_routes_of_container(Config(), {}) == Config()
+    with pytest.raises(UsageError, match="AIP_HEALTH_ROUTE or AIP_PREDICT_ROUTE: health_route is 'no path'"):
+        with_routes_of_container(Config(), {"AIP_HEALTH_ROUTE": "no path"})

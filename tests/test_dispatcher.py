@@ -41,14 +41,14 @@ class Checksums:
     def let(self, steps: int = 1000) -> None:
         self._passes.release(steps)
 
-    def launch(self, images: Sequence[np.ndarray], top_k: int) -> Callable[[], Scores]:
+    def launch(self, images: Sequence[np.ndarray], top_k: int, *, details: bool) -> Callable[[], Scores]:
         images_NHWC = np.concatenate(images)
         self.launched.append([int(image[0, 0, 0]) for image in images_NHWC])
         if (images_NHWC == UNFIT).any():
             raise MemoryError("an image that the device has no room for")
-        return lambda: self._score(images_NHWC, top_k)
+        return lambda: self._score(images_NHWC, top_k, details)
 
-    def _score(self, images_NHWC: np.ndarray, top_k: int) -> Scores:
+    def _score(self, images_NHWC: np.ndarray, top_k: int, details: bool) -> Scores:
         self.steps.append([int(image[0, 0, 0]) for image in images_NHWC])
         self.entered.release()
         assert not self._blocks or self._passes.acquire(timeout=10)
@@ -57,13 +57,20 @@ class Checksums:
         k = min(top_k, CLASSES)
         first_N1 = images_NHWC[:, 0, 0, :1].astype(np.int32)
         sums_N1 = images_NHWC.sum(axis=(1, 2, 3))[:, None].astype(np.float32)
-        return Scores((first_N1 + np.arange(k, dtype=np.int32)) % CLASSES, sums_N1 - np.arange(k, dtype=np.float32))
+        top_NK = (first_N1 + np.arange(k, dtype=np.int32)) % CLASSES
+        logits_NC, embeddings_ND = (np.repeat(sums_N1, n, axis=1) for n in (CLASSES, 4))
+        return Scores(
+            top_NK,
+            sums_N1 - np.arange(k, dtype=np.float32),
+            logits_NC if details else None,
+            embeddings_ND if details else None,
+        )
 
 
 class Uneven:
     """A model that loses an image."""
 
-    def launch(self, images: Sequence[np.ndarray], top_k: int) -> Callable[[], Scores]:
+    def launch(self, images: Sequence[np.ndarray], top_k: int, *, details: bool) -> Callable[[], Scores]:
         count = sum(map(len, images)) - 1
         return lambda: Scores(np.zeros((count, 1), np.int32), np.zeros((count, 1), np.float32))
 
@@ -155,6 +162,28 @@ def test_top_k_above_the_number_of_classes_gives_all_classes() -> None:
     async def test() -> None:
         async with _running(Checksums()) as dispatcher:
             _check(await dispatcher.submit(Lane.ONLINE, _images(7, 8, 9, 10, 11), 50), 7, 8, 9, 10, 11, top_k=CLASSES)
+
+    _run(test())
+
+
+def test_details_are_for_those_who_asked_for_them_and_of_their_own_images() -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        async with _blocked(model, max_step=3) as dispatcher:
+            asked = [
+                asyncio.create_task(dispatcher.submit(Lane.ONLINE, _images(*values), 1, details=details))
+                for values, details in (((7,), False), ((1, 2, 3, 4), True))
+            ]
+            await _until(lambda: dispatcher.backlog(Lane.ONLINE) == 5)
+            model.let()
+            plain, detailed = await asyncio.gather(*asked)
+        assert any(7 in step and 1 in step for step in model.steps), model.steps
+        _check(detailed, 1, 2, 3, 4)
+        assert detailed.logits_NC is not None
+        assert detailed.embeddings_ND is not None
+        assert detailed.logits_NC.tolist() == [[12.0 * value] * CLASSES for value in (1, 2, 3, 4)]
+        assert detailed.embeddings_ND.shape == (4, 4)
+        assert (plain.logits_NC, plain.embeddings_ND) == (None, None)
 
     _run(test())
 
@@ -393,9 +422,9 @@ def test_counters_tell_the_images_that_were_scored() -> None:
 
 def test_the_time_that_the_model_is_busy_is_counted_once() -> None:
     class Sleeper(Checksums):
-        def _score(self, images_NHWC: np.ndarray, top_k: int) -> Scores:
+        def _score(self, images_NHWC: np.ndarray, top_k: int, details: bool) -> Scores:
             time.sleep(0.02)
-            return super()._score(images_NHWC, top_k)
+            return super()._score(images_NHWC, top_k, details)
 
     async def test() -> None:
         async with _running(Sleeper(), step_ms=FAST_MS) as dispatcher:

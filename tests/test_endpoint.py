@@ -8,10 +8,15 @@ import subprocess
 import sys
 from collections.abc import Generator
 
+import httpx
+import numpy as np
 import pytest
+import tritonclient.http as triton
+from huggingface_hub import InferenceClient
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
 from deployments.endpoint import _answer
+from jobs.corpus import digits, encode
 from pipeline.errors import PoolFailed
 from tests.cluster import OPEN, Cluster, clean_environment
 
@@ -74,6 +79,28 @@ def test_a_caller_that_leaves_takes_its_call_along() -> None:
         assert call.cancelled
 
     asyncio.run(test())
+
+
+def test_protocols_are_spoken_through_the_cluster(endpoint: str) -> None:
+    some = digits()[:40]  # more than go to the pool in one call
+    files = [encode(digit)[1] for digit in some]
+    image = triton.InferInput("image", [len(files)], "BYTES")
+    image.set_data_from_numpy(np.array(files, object))
+    client = triton.InferenceServerClient(endpoint.removeprefix("http://"))
+
+    labels = client.infer("digits-vit", [image]).as_numpy("label")
+    (best,) = InferenceClient(model=endpoint).image_classification(files[0], top_k=1, function_to_apply="none")
+    several = httpx.post(
+        f"{endpoint}/predict?embedding=true", files=[("image", file) for file in (files[0], b"bad", files[1])]
+    )
+
+    client.close()
+    assert np.mean([label.decode() == str(digit.label) for label, digit in zip(labels, some, strict=True)]) > 0.9
+    assert (best.label, best.score > 1) == (labels[0].decode(), True)
+    first, bad, second = several.json()["results"]
+    assert [one["predictions"][0]["label"] for one in (first, second)] == [label.decode() for label in labels[:2]]
+    assert len(first["embedding"]) == len(second["embedding"]) > 1
+    assert bad.keys() == {"error"}
 
 
 def test_a_client_that_hangs_up_is_not_scored(shared_cluster: Cluster, endpoint: str) -> None:

@@ -209,6 +209,24 @@ def test_equal_scores_are_in_the_order_of_their_classes(broken: Path) -> None:
     assert scores.top_NK.tolist() == [list(range(10))]
 
 
+def test_details_are_the_logits_and_what_the_last_layer_makes_them_of(checkpoint: Path) -> None:
+    classifier = _classifier(checkpoint)
+    pixels_NHWC = _pixels(classifier, _images(checkpoint))[:3]
+
+    found = classifier.score(pixels_NHWC, 1, details=True)
+
+    assert found.logits_NC is not None
+    assert found.embeddings_ND is not None
+    assert found.embeddings_ND.shape == (len(pixels_NHWC), classifier.info.embedding_size)
+    with torch.inference_mode():
+        np.testing.assert_array_equal(found.logits_NC, classifier.logits(torch.from_numpy(pixels_NHWC)).numpy())
+    weights = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in weights if name.startswith("classifier") and name.endswith("weight"))
+    head, bias = weights[name].numpy(), weights[name.replace("weight", "bias")].numpy()
+    np.testing.assert_allclose(found.embeddings_ND @ head.T + bias, found.logits_NC, atol=1e-4)
+    assert classifier.score(pixels_NHWC, 1).logits_NC is None
+
+
 def test_top_k_above_the_number_of_classes_gives_all_of_them(cifar: Path) -> None:
     scores = _classifier(cifar).score(np.zeros((3, 32, 32, 3), np.uint8), 11)
     assert scores.top_NK.shape == scores.scores_NK.shape == (3, 10)

@@ -58,7 +58,7 @@ def test_the_production_example_works_on_a_cluster(
     served, submitted, curled, scored, read = outputs
     assert f"answers at http://127.0.0.1:{port}" in served
     assert f"{len(images)} images in 1 shards" in submitted
-    best = json.loads(curled)
+    best = json.loads(curled)["predictions"]
     assert len(best) == 3
     assert f"{best[0]['score']:.4f}  {best[0]['label']}" in scored
     assert "key: string" in read

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import io
 import json
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from deployments.config import EndpointConfig
-from deployments.web import build_app
+from deployments.web.app import build_app
+from deployments.web.scoring import Image, Scored, Wanted
 from jobs.score import score_files
 from jobs.screen import Screen
 from pipeline.errors import ImageError, JobError
 from pipeline.model_info import ModelInfo
+from tests.servers import served
 from tests.stores import free_ports
 
 
 class Echo:
     """A scorer whose best class is what the body says; a body of `bad` is a bad image."""
 
-    async def score(self, image: bytes, top_k: int) -> tuple[list[dict[str, Any]], str]:
+    async def score(self, images: Sequence[Image], wanted: Wanted, within_s: float) -> list[Scored | ImageError]:
+        return [self._score(image, range(1, wanted.top_k + 1)) for image in images]
+
+    def _score(self, image: Image, places: range) -> Scored | ImageError:
+        assert isinstance(image, bytes)
         if image == b"bad":
-            raise ImageError("the PNG file is damaged or cut short")
-        return [{"label": f"{image.decode()} {place}", "score": 0.5 / place} for place in range(1, top_k + 1)], "r"
+            return ImageError("the PNG file is damaged or cut short")
+        labels = [f"{image.decode()} {place}" for place in places]
+        return Scored([*places], labels, [0.5 / place for place in places], None, "r")
 
     async def describe(self) -> ModelInfo:
         raise NotImplementedError
@@ -42,27 +45,9 @@ async def another_server(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": text.encode()})
 
 
-@contextmanager
-def _serving(app: Any) -> Iterator[str]:
-    """The URL at which the application answers."""
-    port = free_ports(1)[0]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", lifespan="off", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        deadline = time.monotonic() + 10
-        while not server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    with _serving(build_app(Echo(), EndpointConfig())) as url:
+    with served(build_app(Echo(), EndpointConfig())) as url:
         yield url
 
 
@@ -147,6 +132,6 @@ def test_a_url_without_an_endpoint_is_told(images: Path, url: str) -> None:
 @pytest.mark.parametrize("answer", ["200/<html>", "200/{}", "200/[1]", "200/null", "404/<html>", "500/[]", "302/moved"])
 def test_another_server_at_the_url_is_told(images: Path, answer: str) -> None:
     terminal = Terminal()
-    with _serving(another_server) as url:
+    with served(another_server) as url:
         assert not score_files(terminal.screen, [str(images / "cat")], f"{url}/{answer}", 1)
     assert f"HTTP {answer[:3]}, not the answer of a Tandem endpoint" in terminal.err.getvalue()

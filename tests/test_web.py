@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import httpx
@@ -12,10 +12,11 @@ import pytest
 from fastapi import FastAPI
 from fastapi.openapi.models import OpenAPI
 
-from deployments import web
 from deployments.config import EndpointConfig
-from deployments.web import REPLICA_HEADER, build_app
-from pipeline.errors import Busy, Expired, ImageError, ModelError, PoolError
+from deployments.web import scoring
+from deployments.web.app import build_app
+from deployments.web.scoring import REPLICA_HEADER, Image, Scored, Wanted
+from pipeline.errors import Busy, Expired, ImageError, ModelError, PoolError, UsageError
 from pipeline.model_info import ModelInfo
 from pipeline.transform import ImageTransform
 
@@ -27,7 +28,8 @@ _INFO = ModelInfo(
     dtype="float32",
     versions={},
 )
-_SMALL = EndpointConfig(max_body_bytes=10, timeout_s=0.05)
+_SMALL = EndpointConfig(max_body_bytes=10, max_images=2, timeout_s=0.05)
+_ROOMY = EndpointConfig(max_images=2)
 
 
 class Pool:
@@ -36,15 +38,23 @@ class Pool:
     def __init__(self, first: Callable[[], Awaitable[Any]] | None = None) -> None:
         self._first = first
 
-    async def score(self, image: bytes, top_k: int) -> tuple[list[dict[str, Any]], str]:
+    async def score(self, images: Sequence[Image], wanted: Wanted, within_s: float) -> list[Scored | ImageError]:
         if self._first:
             await self._first()
-        return [{"label": image.decode(), "score": 1 / top_k}], "replica-7"
+        return [_scored(image, wanted, f"replica-{number + 7}") for number, image in enumerate(images)]
 
     async def describe(self) -> ModelInfo:
         if self._first:
             await self._first()
         return _INFO
+
+
+def _scored(image: Image, wanted: Wanted, replica: str) -> Scored | ImageError:
+    assert isinstance(image, bytes)
+    if image == b"bad":
+        return ImageError("the image is too large: 9 x 9 pixels")
+    embedding = [0.5] if wanted.embedding else None
+    return Scored([0], [image.decode()], [1 / wanted.top_k], embedding, replica)
 
 
 def _raises(error: Exception) -> Pool:
@@ -86,23 +96,125 @@ async def _parts(*parts: bytes) -> AsyncIterator[bytes]:
 def test_an_image_is_answered_with_its_classes_and_the_replica_that_scored() -> None:
     response = _ask(Pool(), "POST", "/predict?top_k=4", content=b"cat")
     assert response.status_code == 200
-    assert response.json() == [{"label": "cat", "score": 0.25}]
+    assert response.json() == {"predictions": [{"label": "cat", "score": 0.25}]}
     assert response.headers[REPLICA_HEADER] == "replica-7"
 
 
 def test_top_k_is_five_unless_told() -> None:
-    assert _ask(Pool(), "POST", "/predict", content=b"cat").json() == [{"label": "cat", "score": 0.2}]
+    assert _ask(Pool(), "POST", "/predict", content=b"cat").json()["predictions"][0]["score"] == 0.2
 
 
-@pytest.mark.parametrize("top_k", ["0", "-1", "1001", "five", "2.5", ""])
+@pytest.mark.parametrize("top_k", ["0", "-1", "100001", "five", "2.5", ""])
 def test_a_top_k_that_cannot_be_is_told(top_k: str) -> None:
     response = _ask(Pool(), "POST", f"/predict?top_k={top_k}", content=b"cat")
     assert _problem(response, 422).startswith("top_k: ")
 
 
 def test_a_bad_image_is_told_why_it_is_bad() -> None:
-    response = _ask(_raises(ImageError("the image is too large: 9 x 9 pixels")), "POST", "/predict", content=b"cat")
-    assert _problem(response, 400) == "the image is too large: 9 x 9 pixels"
+    response = _ask(Pool(), "POST", "/predict", content=b"bad")
+    assert _problem(response, 422) == "the image is too large: 9 x 9 pixels"
+
+
+def test_what_the_model_cannot_give_is_told() -> None:
+    response = _ask(_raises(UsageError("it has no embedding")), "POST", "/predict?embedding=true", content=b"cat")
+    assert _problem(response, 422) == "it has no embedding"
+
+
+def test_an_option_that_there_is_not_is_told() -> None:
+    response = _ask(Pool(), "POST", "/predict?topk=4", content=b"cat")
+    assert _problem(response, 422).startswith("topk: ")
+
+
+def _form(*files: bytes, **fields: str) -> dict[str, Any]:
+    return {"files": [("image", (f"{n}.png", file)) for n, file in enumerate(files)], "data": fields}
+
+
+def test_of_several_images_each_has_its_answer_or_its_error_in_its_place() -> None:
+    response = _ask(Pool(), "POST", "/predict?embedding=1", config=_ROOMY, **_form(b"cat", b"bad"))
+    good, bad = response.json()["results"]
+    assert good == {"predictions": [{"label": "cat", "score": 0.2}], "embedding": [0.5]}
+    assert bad == {"error": "the image is too large: 9 x 9 pixels"}
+    assert response.headers[REPLICA_HEADER] == "replica-7"
+
+
+def test_the_replicas_of_several_images_are_told() -> None:
+    response = _ask(Pool(), "POST", "/predict", config=_ROOMY, json={"images": ["Y2F0", "data:image/png;base64,ZG9n"]})
+    assert [one["predictions"][0]["label"] for one in response.json()["results"]] == ["cat", "dog"]
+    assert response.headers[REPLICA_HEADER] == "replica-7,replica-8"
+
+
+@pytest.mark.parametrize("body", [_form(b"1", b"2", b"3"), {"json": {"images": ["MQ==", "Mg==", "Mw=="]}}])
+def test_more_images_than_a_request_may_have_are_refused(body: dict[str, Any]) -> None:
+    response = _ask(Pool(_fail_if_called), "POST", "/predict", config=_ROOMY, **body)
+    assert "2" in _problem(response, 413)
+
+
+@pytest.mark.parametrize(
+    ("json", "status", "told"),
+    [
+        ({"images": ["?"]}, 422, "images.0: Value error, not base64"),
+        ({"images": [7]}, 422, "images.0: Value error, an image in JSON is a string of base64"),
+        ({"images": []}, 422, "images: List should have at least 1 item"),
+        ({"images": ["MQ=="], "topk": 1}, 422, "topk: "),
+        ([], 422, "the body: "),
+    ],
+)
+def test_json_that_cannot_be_is_told_where(json: Any, status: int, told: str) -> None:
+    assert _problem(_ask(Pool(), "POST", "/predict", config=_ROOMY, json=json), status).startswith(told)
+
+
+def test_what_is_not_json_is_told() -> None:
+    headers = {"content-type": "application/json; charset=utf-8"}
+    response = _ask(Pool(), "POST", "/predict", content=b"{", headers=headers)
+    assert _problem(response, 400).startswith("the body: Invalid JSON")
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "told"),
+    [
+        ("text/html", 415, "text/html is not read here; send an image or multipart/form-data or application/json"),
+        ("multipart/form-data", 400, "no boundary"),
+        ("multipart/form-data; boundary=x", 400, "multipart body cannot be read"),
+    ],
+)
+def test_a_body_of_another_type_is_told_the_types_there_are(kind: str, status: int, told: str) -> None:
+    response = _ask(Pool(), "POST", "/predict", content=b"cat", headers={"content-type": kind})
+    assert told in _problem(response, status)
+
+
+def test_a_field_of_a_form_is_told_where_options_go() -> None:
+    response = _ask(Pool(), "POST", "/predict", config=_ROOMY, **_form(b"cat", top_k="3"))
+    assert "the part 'top_k' is no file; send images as files, and options in the query" in _problem(response, 422)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_body_that_grows_too_large_when_unpacked_is_refused(encoding: str) -> None:
+    packer = zlib.compressobj(wbits=zlib.MAX_WBITS | (16 if encoding == "gzip" else 0))
+    config = EndpointConfig(max_body_bytes=10_000)
+    bomb = packer.compress(bytes(10_000_000)) + packer.flush()
+    assert len(bomb) < 10_000
+    headers = {"content-encoding": encoding}
+    response = _ask(Pool(_fail_if_called), "POST", "/predict", config=config, content=bomb, headers=headers)
+    assert "10000 bytes" in _problem(response, 413)
+    response = _ask(Pool(_fail_if_called), "POST", "/predict", config=config, content=bomb[:-9], headers=headers)
+    _problem(response, 413)
+    response = _ask(Pool(_fail_if_called), "POST", "/predict", content=b"not", headers=headers)
+    assert f"not {encoding}" in _problem(response, 400)
+
+
+def test_an_encoding_that_is_not_read_is_told() -> None:
+    response = _ask(Pool(), "POST", "/predict", content=b"cat", headers={"content-encoding": "br"})
+    assert "send gzip, deflate or none" in _problem(response, 415)
+
+
+def test_a_body_that_comes_too_slowly_is_given_up() -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b"x"
+        await asyncio.sleep(5)
+        yield b"y"
+
+    response = _ask(Pool(_fail_if_called), "POST", "/predict", content=body())
+    assert "within 0.05 s" in _problem(response, 408)
 
 
 def test_an_empty_body_is_told_what_to_send() -> None:
@@ -168,7 +280,7 @@ async def _fail_if_called() -> None:
 
 def test_a_body_of_just_the_limit_in_many_parts_is_scored_whole() -> None:
     response = _ask(Pool(), "POST", "/predict", content=_parts(b"01234", b"", b"5678", b"9"))
-    assert response.json()[0]["label"] == "0123456789"
+    assert response.json()["predictions"][0]["label"] == "0123456789"
 
 
 def test_a_client_that_hangs_up_midway_is_no_failure_and_not_scored() -> None:
@@ -195,17 +307,17 @@ def _raw(app: FastAPI, path: str, messages: list[dict[str, Any]]) -> list[dict[s
     return sent
 
 
-@pytest.mark.parametrize("path", ["/", "/nothing", "/predict/more"])
-def test_an_unknown_path_is_told_the_known_ones(path: str) -> None:
+@pytest.mark.parametrize("path", ["/nothing", "/predict/more", "/v2/other"])
+def test_an_unknown_path_is_told_where_the_known_ones_are(path: str) -> None:
     detail = _problem(_ask(Pool(), "GET", path), 404)
     assert f"GET {path}" in detail
-    assert "POST /predict" in detail
+    assert "/openapi.json" in detail
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/predict"), ("POST", "/healthz"), ("DELETE", "/readyz")])
 def test_a_wrong_method_is_told_the_right_one(method: str, path: str) -> None:
     response = _ask(Pool(), method, path)
-    assert "POST /predict" in _problem(response, 405)
+    _problem(response, 405)
     assert response.headers["allow"] in ("POST", "GET")
 
 
@@ -223,7 +335,7 @@ def test_not_ready_where_the_pool_does_not_answer(error: Exception) -> None:
 
 
 def test_not_ready_where_the_pool_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "READY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(scoring, "READY_TIMEOUT_S", 0.05)
     assert "does not answer" in _problem(_ask(_hangs(), "GET", "/readyz"), 503)
 
 
@@ -235,19 +347,13 @@ def test_openapi_lists_the_routes_and_their_answers() -> None:
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     }
-    assert answers == {
-        "post /predict": {"200", "400", "413", "422", "500", "503", "504"},
-        "get /healthz": {"200"},
-        "get /readyz": {"200", "503"},
-    }
+    bodies = {"200", "400", "408", "413", "415", "422", "500", "503", "504"}
+    assert answers["post /predict"] == bodies
+    assert answers["post /v2/models/{name}/infer"] == bodies | {"404"}
+    assert answers["get /healthz"] == {"200"}
+    assert answers["get /readyz"] == {"200", "503"}
     predict = document["paths"]["/predict"]["post"]
     assert predict["requestBody"]["required"]
+    assert {*predict["requestBody"]["content"]} >= {"application/json", "multipart/form-data", "image/*"}
     assert {*predict["responses"]["422"]["content"]} == {"application/problem+json"}
-    assert {*_resolved(document, predict["responses"]["200"])["items"]["properties"]} == {"label", "score"}
-
-
-def _resolved(document: dict[str, Any], response: dict[str, Any]) -> Any:
-    """The schema of a response with its reference filled in."""
-    schema = response["content"]["application/json"]["schema"]
-    name = schema["items"]["$ref"].removeprefix("#/components/schemas/")
-    return json.loads(json.dumps(schema | {"items": document["components"]["schemas"][name]}))
+    assert {one["name"] for one in predict["parameters"]} == {"top_k", "function_to_apply", "embedding"}

@@ -1,0 +1,1 @@
+"""The HTTP side, without Ray: one model behind the protocols that clients speak."""
