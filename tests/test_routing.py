@@ -79,6 +79,17 @@ def test_a_call_that_ends_counts_no_more(router: LaneRouter) -> None:
     assert _choose(router, Call("score_online"), _replicas("a", "b")) == ["a", "b"]  # in turn
 
 
+def test_calls_of_one_request_share_its_id_and_are_counted_each(router: LaneRouter) -> None:
+    for _ in range(2):
+        for replica in ("a", "a", "b"):
+            router.on_request_routed(Call("score_online", id="request"), replica, None)  # type: ignore[arg-type]
+        router.on_request_completed("a", "request")  # type: ignore[arg-type]
+        assert router._under_way["score_online"] == {"a": 1, "b": 1}
+        for replica in ("a", "b"):
+            router.on_request_completed(replica, "request")  # type: ignore[arg-type]
+        assert (router._under_way["score_online"], router._kinds) == ({}, {})
+
+
 def test_those_that_are_equally_free_take_turns(router: LaneRouter) -> None:
     names, found = ("a", "b", "c"), []
     for _ in range(9):
