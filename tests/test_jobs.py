@@ -139,8 +139,8 @@ def test_batch_and_online_give_the_same_numbers_from_the_same_actors(
     for name in [name for name in images if name.startswith("good")]:
         response = httpx.post(f"{endpoint}/predict", params={"top_k": TOP_K}, content=images[name]).raise_for_status()
         labels, scores = batch[job.keys[name]]
-        assert [one["label"] for one in response.json()] == labels, name
-        assert [one["score"] for one in response.json()] == pytest.approx(scores, abs=1e-6), name
+        assert [one["label"] for one in response.json()["predictions"]] == labels, name
+        assert [one["score"] for one in response.json()["predictions"]] == pytest.approx(scores, abs=1e-6), name
         replicas.add(response.headers["x-tandem-replica"])
     assert set(job.done.json["replicas"]) == replicas
 
