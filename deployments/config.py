@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 
+from deployments.web.keys import Key, parse_keys
 from pipeline.decode import DEFAULT_MAX_PIXELS
 from pipeline.errors import UsageError
 from pipeline.lanes import LaneLimits
@@ -94,7 +96,9 @@ class EndpointConfig:
     """The HTTP side. Sizes in bytes of a request and pixels of one image, times in seconds.
 
     `image_url_hosts` are those from which images may be fetched for a caller: names, `*.name`, or `name:port`; none
-    means that no URL is fetched. `health_route` and `predict_route` are those of a Vertex AI container.
+    means that no URL is fetched. `health_route` and `predict_route` are those of a Vertex AI container. `keys` are
+    lines as `tandem key` prints them; where there are some, a request needs one, and may come `rate_per_s` times with
+    it to each of the processes.
     """
 
     replicas: int = 1
@@ -107,10 +111,16 @@ class EndpointConfig:
     image_url_hosts: tuple[str, ...] = ()
     health_route: str | None = None
     predict_route: str | None = None
+    keys: tuple[str, ...] = ()
+    rate_per_s: float | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "replicas", "max_body_bytes", "max_pixels", "max_images", "decode_threads")
-        _at_least(self, 0, "cpus", "timeout_s")
+        _at_least(self, 0, "cpus", "timeout_s", "rate_per_s")
+        if self.rate_per_s == 0:
+            raise UsageError("rate_per_s is 0; it must be more, or not be there")
+        for line in self.keys:
+            Key.parse(line)
         for name in ("health_route", "predict_route"):
             route = getattr(self, name)
             if route is not None and not _ROUTE.fullmatch(route):
@@ -151,6 +161,36 @@ def parse_config(content: Any) -> Config:
         pool=_section(PoolConfig, sections.get("pool"), "pool"),
         endpoint=_section(EndpointConfig, sections.get("endpoint"), "endpoint"),
     )
+
+
+def with_keys(config: Config, path: str | None, environment: Mapping[str, str]) -> Config:
+    """The configuration, with the keys in a file and in `TANDEM_KEYS` added. Raises `UsageError`."""
+    endpoint = config.endpoint
+    told = {"TANDEM_KEYS": environment.get("TANDEM_KEYS", "").replace(";", "\n")}
+    if path is not None:
+        try:
+            told[f"--keys {path}"] = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--keys {path} cannot be read: {getattr(error, 'strerror', error)}") from error
+    for source, text in told.items():
+        try:
+            endpoint = replace(endpoint, keys=(*endpoint.keys, *parse_keys(text)))
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from error
+    return replace(config, endpoint=endpoint)
+
+
+def check_exposure(host: str, config: Config, *, allow_anonymous: bool) -> None:
+    """Raises `UsageError` for an endpoint that strangers could reach and that would ask them for no key."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not (loopback or config.endpoint.keys or allow_anonymous):
+        raise UsageError(
+            f"--host {host} is reached from other machines, so the endpoint needs keys: make one with tandem key, "
+            "name its file with --keys, or say --allow-anonymous"
+        )
 
 
 def with_routes_of_container(config: Config, environment: Mapping[str, str]) -> Config:

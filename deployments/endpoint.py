@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
+import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -18,7 +21,9 @@ from ray.serve import RunTarget
 from ray.serve.exceptions import RayServeException
 
 from deployments.config import Config, EndpointConfig
+from deployments.metrics import EndpointMetrics, gather_metrics
 from deployments.pool import CONNECT_TIMEOUT_S, Answer, Running, deploy, pool_handle, wait_running, wait_warm
+from deployments.web import access
 from deployments.web.app import build_app
 from deployments.web.scoring import Image, Scored, Wanted, check_wanted, other_function, scored_as_wanted
 from pipeline.decode import decode_image, resize_pixels
@@ -40,6 +45,8 @@ class Endpoint:
         self, model: str, config: EndpointConfig, startup_timeout_s: float, may_sleep: bool
     ) -> None:
         self._config, self._may_sleep = config, may_sleep
+        self._metrics = EndpointMetrics()
+        _log_access()
         self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="tandem-decode")
         async with asyncio.timeout(startup_timeout_s):
             self._info = await self._connect(model)
@@ -48,7 +55,7 @@ class Endpoint:
         )  # so that no user's request is the first to take this way
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self, self._config)
+        return build_app(self, self._config, observe=self._metrics.request, metrics=gather_metrics)
 
     async def _connect(self, model: str) -> ModelInfo:
         """What the pool holds, once it is up. Asked for by one handle after another: see `deployments.pool.connect`."""
@@ -95,12 +102,15 @@ class Endpoint:
 
     def _decode(self, image: Image) -> np.ndarray | ImageError:
         transform, max_pixels = self._info.transform, self._config.max_pixels
+        started_s = time.perf_counter()
         try:
             if isinstance(image, np.ndarray):
                 return resize_pixels(image, transform, max_pixels=max_pixels)
             return decode_image(image, transform, max_pixels=max_pixels)
         except ImageError as error:
             return error
+        finally:
+            self._metrics.decoded(time.perf_counter() - started_s)
 
 
 @asynccontextmanager
@@ -111,6 +121,17 @@ async def _together() -> AsyncIterator[asyncio.TaskGroup]:
             yield group
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from errors
+
+
+def _log_access() -> None:
+    """Sends the lines of requests to this process's standard error, which Ray keeps among its logs.
+
+    To that which the process was started with: Serve's own puts words of its log before each line.
+    """
+    if not access.log.handlers:
+        access.log.addHandler(logging.StreamHandler(sys.__stderr__))
+        access.log.setLevel(logging.INFO)
+        access.log.propagate = False
 
 
 def _blank_image() -> bytes:

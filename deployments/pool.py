@@ -28,6 +28,7 @@ from ray.serve.schema import ApplicationStatusOverview
 
 from deployments.autoscaling import BATCH_SHARE, BATCH_STEPS, ONLINE_SHARE
 from deployments.config import PoolConfig
+from deployments.metrics import ReplicaMetrics
 from pipeline.dispatcher import Dispatcher, Scores
 from pipeline.errors import Busy, Expired, ModelError, PoolFailed
 from pipeline.lanes import Lane, LaneLimits
@@ -79,6 +80,7 @@ class ModelReplica:
             self._problem = error
             return
         self._loop = asyncio.create_task(self._dispatcher.run())
+        self._telling = asyncio.create_task(ReplicaMetrics(self._dispatcher).tell())
 
     def _load(self, model: str, config: PoolConfig) -> None:
         from pipeline.checkpoint import find_checkpoint

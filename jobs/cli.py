@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
-from deployments.config import load_config, with_routes_of_container
+from deployments.config import check_exposure, load_config, with_keys, with_routes_of_container
+from deployments.web.keys import Scope, new_key
 from jobs.screen import Screen, own_screen
 from jobs.spec import JobSpec, portable
 from pipeline import __version__
@@ -62,11 +63,21 @@ def demo(as_json: bool) -> None:
     "--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="The port to listen on.",
     envvar=["AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT"],
 )  # fmt: skip
+@click.option(
+    "--keys", "keys_file", metavar="FILE", envvar="TANDEM_KEYS_FILE",
+    help="Lines of tandem key: requests need one of these keys.",
+)  # fmt: skip
+@click.option("--allow-anonymous", is_flag=True, help="Ask for no key, also where other machines reach the endpoint.")
 @_config
 @_address
-def serve(model: str, host: str, port: int, config_file: str | None, address: str | None) -> None:
+def serve(
+    model: str, host: str, port: int, keys_file: str | None, allow_anonymous: bool, config_file: str | None,
+    address: str | None,
+) -> None:  # fmt: skip
     """Keep an endpoint up: here until Ctrl-C, or in the cluster at ADDRESS."""
-    config = with_routes_of_container(load_config(config_file), os.environ)
+    config = with_keys(load_config(config_file), keys_file, os.environ)
+    config = with_routes_of_container(config, os.environ)
+    check_exposure(host, config, allow_anonymous=allow_anonymous)
     with _screen(as_json=False) as screen:
         from jobs.serving import serve_here, serve_there
 
@@ -135,6 +146,22 @@ def score(images: tuple[str, ...], url: str, top_k: int, as_json: bool) -> None:
     screen = Screen(sys.stdout, sys.stderr, as_json=as_json)
     if not score_files(screen, images, url, top_k):
         raise JobError("not all images were scored")
+
+
+@cli.command()
+@click.argument("name")
+@click.option(
+    "--scope", "scopes", multiple=True, default=[Scope.PREDICT.value], show_default=True,
+    type=click.Choice([scope.value for scope in Scope]), help="What the key is for. Can be repeated.",
+)  # fmt: skip
+@_json
+def key(name: str, scopes: tuple[str, ...], as_json: bool) -> None:
+    """Make an API key for NAME: its line for --keys FILE, and, on standard error, the key itself, this once."""
+    secret, made = new_key(name, map(Scope, scopes))
+    screen = Screen(sys.stdout, sys.stderr, as_json=as_json)
+    screen.result({"key": secret, "line": str(made)})
+    screen.say(str(made))
+    screen.note(f"the key of {name}, which is kept nowhere: {secret}")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def score_files(screen: Screen, images: Sequence[str], url: str, top_k: int) -> 
     Raises `JobError` where no endpoint answers at `url`.
     """
     try:
-        with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
+        with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=_key()) as client:
             answers = [_score(client, image, top_k) for image in images]
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise JobError(f"--url {url}: no endpoint answers ({error}); start one with tandem serve") from error
@@ -32,6 +33,12 @@ def score_files(screen: Screen, images: Sequence[str], url: str, top_k: int) -> 
         if "error" in answer:
             screen.note(f"  {answer['error']}")
     return not any("error" in answer for answer in answers)
+
+
+def _key() -> dict[str, str]:
+    """The header of the caller's key, which is not an option: others on the machine see those."""
+    key = os.environ.get("TANDEM_KEY")
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def _score(client: httpx.Client, image: str, top_k: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pipeline.errors import Busy, Expired
 from pipeline.lanes import Lane, LaneLimits, Lanes, Slice
 from pipeline.steps import StepTimes
 
+RECENT_STEPS = 1000
 _ENDED = "the replica is shutting down"
 
 
@@ -90,6 +92,7 @@ class Dispatcher:
         self._ended = False
         self.images = dict.fromkeys(Lane, 0)
         self.steps = 0
+        self.recent_steps: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)  # images and ms of each
         self.lane_busy_s = dict.fromkeys(Lane, 0.0)
 
     def backlog(self, lane: Lane) -> int:
@@ -194,6 +197,7 @@ class Dispatcher:
         self._free_s = ended_s
         self._lanes.ended(ended_s, images, step_ms)
         self.steps += 1
+        self.recent_steps.append((size, step_ms))
         for part in step:
             self.lane_busy_s[part.lane] += step_ms / 1e3 * len(part) / size
         self._changed.set()

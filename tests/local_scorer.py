@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -21,8 +22,11 @@ class LocalScorer:
     """A `Scorer` that holds the model itself."""
 
     def __init__(self) -> None:
-        self._classifier = Classifier(find_checkpoint(MODEL))
         self.asked: list[float] = []  # seconds that each request was given
+
+    @cached_property
+    def _classifier(self) -> Classifier:
+        return Classifier(find_checkpoint(MODEL))
 
     async def describe(self) -> ModelInfo:
         return self._classifier.info

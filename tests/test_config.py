@@ -10,14 +10,31 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.config import Config, EndpointConfig, PoolConfig, load_config, parse_config, with_routes_of_container
+from deployments.config import (
+    Config,
+    EndpointConfig,
+    PoolConfig,
+    check_exposure,
+    load_config,
+    parse_config,
+    with_keys,
+    with_routes_of_container,
+)
+from deployments.web.keys import Scope, new_key
 from pipeline.errors import UsageError
 
 _SECTIONS = {"pool": PoolConfig, "endpoint": EndpointConfig}
 _OPTIONS = [(section, option) for section, kind in _SECTIONS.items() for option in dataclasses.fields(kind)]
 _NUMBERS = [(section, option.name) for section, option in _OPTIONS if str(option.type)[:3] in ("int", "flo")]
 _ROUTES = {"health_route": "/health", "predict_route": "/v1/endpoints/e:predict"}
-_VALUES = {"device": "cuda:0", "dtype": "bfloat16", "image_url_hosts": ("*.images.org", "localhost:80"), **_ROUTES}
+_KEY = str(new_key("nightly", [Scope.PREDICT])[1])
+_VALUES = {
+    "keys": (_KEY,),
+    "device": "cuda:0",
+    "dtype": "bfloat16",
+    "image_url_hosts": ("*.images.org", "localhost:80"),
+    **_ROUTES,
+}
 
 
 def _written(tmp_path: Path, text: str) -> str:
@@ -185,3 +202,38 @@ def test_routes_of_a_container_are_taken_where_the_file_has_none() -> None:
     assert with_routes_of_container(Config(), {}) == Config()
     with pytest.raises(UsageError, match="AIP_HEALTH_ROUTE or AIP_PREDICT_ROUTE: health_route is 'no path'"):
         with_routes_of_container(Config(), {"AIP_HEALTH_ROUTE": "no path"})
+
+
+def test_keys_come_from_the_configuration_a_file_and_the_environment(tmp_path: Path) -> None:
+    lines = [str(new_key(name, [Scope.ADMIN])[1]) for name in "abcd"]
+    (tmp_path / "keys").write_text(f"# of the team\n\n{lines[1]}\n")
+    config = parse_config({"endpoint": {"keys": [lines[0]]}})
+    config = with_keys(config, str(tmp_path / "keys"), {"TANDEM_KEYS": f"{lines[2]};{lines[3]}"})
+    assert sorted(config.endpoint.keys) == sorted(lines)
+    assert with_keys(Config(), None, {}) == Config()
+
+
+def test_keys_that_cannot_be_are_refused_and_not_repeated(tmp_path: Path) -> None:
+    secret, key = new_key("nightly", [Scope.PREDICT])
+    (tmp_path / "keys").write_text(f"nightly predict {secret}")
+    for path, environment in ((str(tmp_path / "keys"), {}), (None, {"TANDEM_KEYS": secret})):
+        with pytest.raises(UsageError, match="a line of a name, scopes and a SHA-256") as caught:
+            with_keys(Config(), path, environment)
+        assert secret not in str(caught.value)
+    with pytest.raises(UsageError, match=r"^endpoint\.the key of 'nightly' has a scope that there is not"):
+        parse_config({"endpoint": {"keys": [f"nightly all {key.sha256}"]}})
+    with pytest.raises(UsageError, match="--keys /nowhere cannot be read: No such file"):
+        with_keys(Config(), "/nowhere", {})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])
+def test_an_endpoint_that_others_reach_needs_keys_or_a_waiver(host: str) -> None:
+    with pytest.raises(UsageError, match="needs keys: make one with tandem key"):
+        check_exposure(host, Config(), allow_anonymous=False)
+    check_exposure(host, Config(), allow_anonymous=True)
+    check_exposure(host, Config(endpoint=EndpointConfig(keys=(_KEY,))), allow_anonymous=False)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
+def test_an_endpoint_on_loopback_needs_none(host: str) -> None:
+    check_exposure(host, Config(), allow_anonymous=False)

@@ -31,7 +31,10 @@ SEVEN = next(digit for digit in digits() if digit.label == 7)
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with served(build_app(LocalScorer(), EndpointConfig())) as url:
+    async def metrics() -> str:
+        return "tandem_step_images_count 7\n"
+
+    with served(build_app(LocalScorer(), EndpointConfig(), metrics=metrics)) as url:
         yield url
 
 
@@ -47,6 +50,9 @@ def outputs(url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 @pytest.mark.parametrize("command", [one for one in COMMANDS if "127.0.0.1" in one or "classify.py" in one])
 def test_each_command_knows_the_seven(command: str, outputs: dict[str, str]) -> None:
     output = outputs[command]
+    if command.endswith("/metrics"):
+        assert output == "tandem_step_images_count 7\n"
+        return
     if command.endswith(("/ping", "/vit-base-patch16-224")):
         assert json.loads(output)  # it is about health, and tells no class
         return

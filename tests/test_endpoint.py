@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Generator
+import time
+import uuid
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -101,6 +106,44 @@ def test_protocols_are_spoken_through_the_cluster(endpoint: str) -> None:
     assert [one["predictions"][0]["label"] for one in (first, second)] == [label.decode() for label in labels[:2]]
     assert len(first["embedding"]) == len(second["embedding"]) > 1
     assert bad.keys() == {"error"}
+
+
+def test_a_request_is_in_the_log_and_among_the_metrics_of_the_cluster(endpoint: str) -> None:
+    request_id = uuid.uuid4().hex
+    _, file = encode(digits()[0])
+    response = httpx.post(f"{endpoint}/predict", content=file, headers={"x-request-id": request_id})
+    assert response.headers.get_list("x-request-id") == [request_id]
+
+    (line,) = _until(lambda: _logged(request_id))
+    told = json.loads(line)
+    assert (told["route"], told["status"]) == ("/predict", 200)
+    assert told["replica"] == response.headers["x-tandem-replica"]
+    metrics = _until(lambda: _metrics(endpoint, "tandem_request_seconds_count", "tandem_lane_images_total"))
+    assert re.search(r'^tandem_request_seconds_count\{.*protocol="tandem",status="200"\} [1-9]', metrics, re.MULTILINE)
+    assert re.search(r'^tandem_lane_images_total\{.*lane="online".*\} [1-9]', metrics, re.MULTILINE)
+    assert "# TYPE tandem_step_seconds histogram" in metrics
+
+
+def _logged(text: str) -> list[str]:
+    """The lines of JSON with that text on the standard errors of Ray's workers, where Serve has lines of its own."""
+    logs = Path("/tmp/ray/session_latest/logs").glob("worker-*.err")
+    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+    return [line for line in lines if text in line and line.startswith("{")]
+
+
+def _metrics(endpoint: str, *names: str) -> str:
+    """The metrics, once those are among them."""
+    text = httpx.get(f"{endpoint}/metrics", timeout=10).raise_for_status().text
+    return text if all(name in text for name in names) else ""
+
+
+def _until(found: Callable[[], Any]) -> Any:
+    """What is found, as soon as it is: Ray's agents are told of metrics some seconds later."""
+    deadline = time.monotonic() + 60
+    while not (what := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    return what
 
 
 def test_a_client_that_hangs_up_is_not_scored(shared_cluster: Cluster, endpoint: str) -> None:

@@ -252,7 +252,7 @@ def test_the_proxy_of_the_environment_is_not_asked(web: Server, monkeypatch: pyt
 
 def _get(path: str, config: EndpointConfig, fetcher: Fetcher | None = None) -> httpx.Response:
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(build_app(Pool(), config, fetcher))
+        transport = httpx.ASGITransport(build_app(Pool(), config, fetcher=fetcher))
         async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as client:
             return await client.get(path)
 

@@ -68,7 +68,7 @@ def test_the_example_of_a_configuration_is_one() -> None:
     assert parse_config(yaml.safe_load(_file("pool.yaml"))).endpoint.timeout_s == 10
 
 
-@pytest.mark.parametrize("command", ["demo", "serve", "submit", "score"])
+@pytest.mark.parametrize("command", ["demo", "serve", "submit", "key", "score"])
 def test_the_readme_lists_every_option(command: str) -> None:
     listed = README.partition("## Commands")[2]
     helped = tandem(command, "--help").out

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
 
 from deployments.config import EndpointConfig
 from deployments.web import containers, huggingface, links, oip, own, tensorflow
+from deployments.web.access import Access, Observe
 from deployments.web.fetch import Fetcher
+from deployments.web.gate import Gate, document_keys
+from deployments.web.keys import Key, Keys
 from deployments.web.problems import answer_the_rest
 from deployments.web.scoring import Scorer, Service
 from pipeline import __version__
 
+PROMETHEUS = "text/plain; version=0.0.4"
 
-def build_app(scorer: Scorer, config: EndpointConfig, fetcher: Fetcher | None = None) -> FastAPI:
-    """The application. Without a fetcher of its own it has the one that the configuration describes."""
+
+def build_app(
+    scorer: Scorer,
+    config: EndpointConfig,
+    *,
+    fetcher: Fetcher | None = None,
+    observe: Observe = lambda protocol, status, seconds: None,
+    metrics: Callable[[], Awaitable[str]] | None = None,
+) -> FastAPI:
+    """The application.
+
+    Without a fetcher of its own it has the one that the configuration describes. `observe` is told of each answer, and
+    `metrics` gives what Prometheus comes for.
+    """
     app = FastAPI(
         title="Tandem",
         version=__version__,
@@ -28,5 +47,19 @@ def build_app(scorer: Scorer, config: EndpointConfig, fetcher: Fetcher | None = 
     for protocol in (own, huggingface, oip, tensorflow, containers):
         app.include_router(protocol.routes(service))
     app.include_router(links.routes(service, fetcher))
+    if metrics:
+        _add_metrics(app, metrics)
     answer_the_rest(app)
+    keys, probes = Keys(map(Key.parse, config.keys), config.rate_per_s), [config.health_route or "/ping"]
+    app.add_middleware(Gate, keys=keys, open_routes=probes)
+    if keys:
+        document_keys(app, probes)
+    app.add_middleware(Access, observe=observe)  # the last one is the outermost
     return app
+
+
+def _add_metrics(app: FastAPI, metrics: Callable[[], Awaitable[str]]) -> None:
+    @app.get("/metrics", tags=["tandem"], response_class=PlainTextResponse)
+    async def prometheus() -> PlainTextResponse:
+        """Metrics of the endpoint and the pool."""
+        return PlainTextResponse(await metrics(), media_type=PROMETHEUS)

@@ -64,7 +64,7 @@ class Invocation(BaseModel):
 
 def routes(service: Service) -> APIRouter:
     """The routes of both contracts."""
-    router = APIRouter(route_class=answers_in(error_json))
+    router = APIRouter(tags=["containers"], route_class=answers_in(error_json))
     failures = documented(error_json, 400, 408, 413, 415, 422, 500, 503, 504)
     config = service.config
 

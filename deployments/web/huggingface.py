@@ -54,7 +54,7 @@ class Classes(RootModel[list[Prediction]]):
 
 def routes(service: Service) -> APIRouter:
     """The routes of this protocol."""
-    router = APIRouter(route_class=answers_in(error_json))
+    router = APIRouter(tags=["huggingface"], route_class=answers_in(error_json))
     documentation: dict[str, Any] = {
         "openapi_extra": documented_body(raw=True, json=Task),
         "responses": {

@@ -24,7 +24,7 @@ MAX_URL = 4096
 
 def routes(service: Service, fetcher: Fetcher) -> APIRouter:
     """The route of this form."""
-    router = APIRouter(route_class=answers_in(problem_json))
+    router = APIRouter(tags=["url"], route_class=answers_in(problem_json))
 
     @router.get(
         "/predict_image_class",

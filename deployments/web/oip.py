@@ -36,7 +36,7 @@ _MODEL = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
 
 def routes(service: Service) -> APIRouter:
     """The routes of this protocol."""
-    router = APIRouter(route_class=answers_in(error_json))
+    router = APIRouter(tags=["oip"], route_class=answers_in(error_json))
     told = documented_answer(_OBJECT)
 
     @router.get("/v2/health/live", responses=told)

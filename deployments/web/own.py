@@ -90,7 +90,7 @@ class Answers(BaseModel):
 
 def routes(service: Service) -> APIRouter:
     """The routes of this protocol."""
-    router = APIRouter(route_class=answers_in(problem_json))
+    router = APIRouter(tags=["tandem"], route_class=answers_in(problem_json))
 
     @router.post(
         "/predict",

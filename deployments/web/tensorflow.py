@@ -57,7 +57,7 @@ class Classify(BaseModel):
 
 def routes(service: Service) -> APIRouter:
     """The routes of this protocol."""
-    router = APIRouter(route_class=answers_in(error_json))
+    router = APIRouter(tags=["tensorflow"], route_class=answers_in(error_json))
     for path in _MODEL:
         _model_routes(router, service, path)
     return router

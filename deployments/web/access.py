@@ -1,0 +1,76 @@
+"""What is kept of each request: a line of JSON in the log, and its time among the metrics.
+
+The line has the request's id (`X-Request-ID`: Serve's proxy gives one to those that come without, and tells it in the
+answer), and the id of the trace that it is part of (`traceparent`, W3C Trace Context). It has neither images nor keys.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.web.scoring import REPLICA_HEADER
+
+REQUEST_ID = "x-request-id"
+MAX_ID = 128
+CLIENT_GONE = 499  # as nginx has it
+_TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+Observe = Callable[[str, int, float], None]  # protocol, status, seconds
+
+log = logging.getLogger("tandem.access")
+
+
+class Access:
+    """ASGI middleware around all others."""
+
+    def __init__(self, app: ASGIApp, observe: Observe) -> None:
+        self._app, self._observe = app, observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, started_s = Headers(scope=scope), time.perf_counter()
+        answer: dict[str, Any] = {"status": CLIENT_GONE, "replica": None}
+
+        async def send_and_note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                sent = Headers(raw=message.get("headers", []))
+                answer.update(status=message["status"], replica=sent.get(REPLICA_HEADER))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        finally:
+            took_s, route = time.perf_counter() - started_s, scope.get("route")
+            self._observe(_protocol(route), answer["status"], took_s)
+            trace = _TRACE.fullmatch(headers.get("traceparent", ""))
+            line = {
+                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "request_id": headers.get(REQUEST_ID, "")[:MAX_ID] or None,
+                "trace_id": trace[1] if trace else None,
+                "method": scope["method"],
+                "route": getattr(route, "path", None),
+                "status": answer["status"],
+                "ms": round(took_s * 1e3, 2),
+                "bytes": headers.get("content-length"),
+                "key": scope.get("state", {}).get("key"),
+                "replica": answer["replica"],
+            }
+            log.info(json.dumps({name: value for name, value in line.items() if value is not None}))
+
+
+def _protocol(route: Any) -> str:
+    """The first tag of the route, which is its protocol's name."""
+    tags = getattr(route, "tags", None) or ["none"]
+    return str(getattr(tags[0], "value", tags[0]))
