@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve import RunTarget
 from ray.serve.exceptions import RayServeException
 
+from deployments.coalescing import Coalescer
 from deployments.config import Config, EndpointConfig
 from deployments.metrics import EndpointMetrics, gather_metrics
 from deployments.pool import CONNECT_TIMEOUT_S, Answer, Running, deploy, pool_handle, wait_running, wait_warm
@@ -34,7 +35,8 @@ APP = "tandem-http"
 DEPLOYMENT = "endpoint"
 # Above what decode threads and lanes hold at once, so that overload is answered by the lanes, with a reason.
 MAX_ONGOING_REQUESTS = 2048
-CALL_IMAGES = 16  # the images of a larger request go to several replicas
+CALL_IMAGES = 16  # at most; those of a larger request go to several replicas
+CALLS_PER_REPLICA = 4  # at once, from this process: enough for the lane to have the next step's images
 
 
 @serve.ingress()
@@ -49,15 +51,17 @@ class Endpoint:
         _log_access()
         self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="tandem-decode")
         async with asyncio.timeout(startup_timeout_s):
-            self._info = await self._connect(model)
-        await self.score(
-            [_blank_image()], Wanted(), startup_timeout_s
-        )  # so that no user's request is the first to take this way
+            running = await self._connect(model)
+        self._info = running.info
+        calls = CALLS_PER_REPLICA * running.config.ceiling
+        self._coalescer = Coalescer(self._call, max_images=CALL_IMAGES, max_calls=calls)
+        # so that no user's request is the first to take this way
+        await self.score([_blank_image()], Wanted(), startup_timeout_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self, self._config, observe=self._metrics.request, metrics=gather_metrics)
 
-    async def _connect(self, model: str) -> ModelInfo:
+    async def _connect(self, model: str) -> Running:
         """What the pool holds, once it is up. Asked for by one handle after another: see `deployments.pool.connect`."""
         while True:
             self._pool = pool_handle(model)
@@ -66,39 +70,47 @@ class Endpoint:
 
     async def describe(self) -> ModelInfo:
         """The model that the pool holds. A pool that may sleep is not woken to tell."""
-        return self._info if self._may_sleep else await self._ask()
+        return self._info if self._may_sleep else (await self._ask()).info
 
-    async def _ask(self) -> ModelInfo:
+    async def _ask(self) -> Running:
         running: Running | ModelError = await _answer(self._pool.describe.remote)
         if isinstance(running, ModelError):
             raise running
-        return running.info
+        return running
+
+    @property
+    def info(self) -> ModelInfo:
+        """See `Scorer`."""
+        return self._info
 
     async def score(self, images: Sequence[Image], wanted: Wanted, within_s: float) -> list[Scored | ImageError]:
         """See `Scorer`."""
         check_wanted(wanted, self._info)
-        loop = asyncio.get_running_loop()
-        ends_s = loop.time() + within_s
-        decoding = [loop.run_in_executor(self._threads, self._decode, image) for image in images]
-        decoded = await asyncio.gather(*decoding)
-        good = [one for one in decoded if isinstance(one, np.ndarray)]
-        parts = [np.stack(good[start : start + CALL_IMAGES]) for start in range(0, len(good), CALL_IMAGES)]
-        async with _together() as calls:
-            tasks = [calls.create_task(self._call(part_NHWC, wanted, ends_s)) for part_NHWC in parts]
-        scored = iter([one for task in tasks for one in task.result()])
-        return [one if isinstance(one, ImageError) else next(scored) for one in decoded]
+        ends_s = asyncio.get_running_loop().time() + within_s
+        if len(images) == 1:
+            return [await self._score(images[0], wanted, ends_s)]
+        async with _together() as group:
+            tasks = [group.create_task(self._score(image, wanted, ends_s)) for image in images]
+        return [task.result() for task in tasks]
 
-    async def _call(self, images_NHWC: np.ndarray, wanted: Wanted, ends_s: float) -> list[Scored]:
+    async def _score(self, image: Image, wanted: Wanted, ends_s: float) -> Scored | ImageError:
+        decoded = await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, image)
+        if isinstance(decoded, ImageError):
+            return decoded
         top_k = min(wanted.top_k, len(self._info.labels))
         details = wanted.embedding or other_function(wanted, self._info)
+        scores, replica = await self._coalescer.score(decoded, top_k, details, ends_s)
+        (scored,) = scored_as_wanted(scores, self._info, wanted, replica)
+        return scored
+
+    async def _call(self, images_NHWC: np.ndarray, top_k: int, details: bool, ends_s: float) -> Answer:
+        loop = asyncio.get_running_loop()
         answer: Answer | Busy | Expired = await _answer(
-            lambda: self._pool.score_online.remote(
-                images_NHWC, top_k, ends_s - asyncio.get_running_loop().time(), details
-            )
+            lambda: self._pool.score_online.remote(images_NHWC, top_k, ends_s - loop.time(), details)
         )
-        if not isinstance(answer, Answer):
-            raise answer
-        return scored_as_wanted(answer.scores, self._info, wanted, answer.replica)
+        if isinstance(answer, Answer):
+            return answer
+        raise answer
 
     def _decode(self, image: Image) -> np.ndarray | ImageError:
         transform, max_pixels = self._info.transform, self._config.max_pixels

@@ -29,6 +29,10 @@ class LocalScorer:
         return Classifier(find_checkpoint(MODEL))
 
     async def describe(self) -> ModelInfo:
+        return self.info
+
+    @property
+    def info(self) -> ModelInfo:
         return self._classifier.info
 
     async def score(self, images: Sequence[Image], wanted: Wanted, within_s: float) -> list[Scored | ImageError]:

@@ -37,6 +37,10 @@ class Echo:
     async def describe(self) -> ModelInfo:
         raise NotImplementedError
 
+    @property
+    def info(self) -> ModelInfo:
+        raise NotImplementedError
+
 
 async def another_server(scope: Any, receive: Any, send: Any) -> None:
     """Answers all with what its query says: `status`, and the body `text`."""

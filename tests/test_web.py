@@ -48,6 +48,10 @@ class Pool:
             await self._first()
         return _INFO
 
+    @property
+    def info(self) -> ModelInfo:
+        return _INFO
+
 
 def _scored(image: Image, wanted: Wanted, replica: str) -> Scored | ImageError:
     assert isinstance(image, bytes)

@@ -80,7 +80,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/models/{name:path}", **documentation)
     async def task_of_model(request: Request, name: str) -> Response:
         """Classifies one image with the model of that name."""
-        check_name(name, await service.describe())
+        check_name(name, service.info)
         return await task(request)
 
     return router

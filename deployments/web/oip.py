@@ -72,7 +72,7 @@ def _model_routes(router: APIRouter, service: Service, path: str) -> None:
     @router.get(path, responses={**documented_answer(_OBJECT), **unknown})
     async def model(name: str, version: str = VERSION) -> dict[str, Any]:
         """The model's inputs and outputs."""
-        info = await service.describe()
+        info = service.info
         check_name(name, info, version)
         return _metadata(info)
 
@@ -86,7 +86,7 @@ def _model_routes(router: APIRouter, service: Service, path: str) -> None:
     )
     async def infer(request: Request, name: str, version: str = VERSION) -> Response:
         """Scores images."""
-        info = await service.describe()
+        info = service.info
         check_name(name, info, version)
         text, binary = split_body(await read_body(request, service.config), request.headers.get(LENGTH_HEADER))
         asked = await parse_json(InferRequest, text)

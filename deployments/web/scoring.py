@@ -63,7 +63,11 @@ class Scorer(Protocol):
         """
 
     async def describe(self) -> ModelInfo:
-        """The model behind it. Raises `TandemError` where there is none."""
+        """The model behind it, if it answers now. Raises `TandemError` where it does not."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model behind it, as it was when it last told."""
 
 
 class Service:
@@ -92,6 +96,11 @@ class Service:
                 raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
             scored.append(one)
         return scored
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model, whether or not the pool answers now."""
+        return self._scorer.info
 
     async def describe(self) -> ModelInfo:
         """The model, while the pool answers. Raises `Problem`."""

@@ -80,7 +80,7 @@ def _model_routes(router: APIRouter, service: Service, path: str) -> None:
     )
     async def predict(request: Request, name: str, version: str = VERSION) -> dict[str, Any]:
         """Scores images."""
-        check_name(name, await service.describe(), version)
+        check_name(name, service.info, version)
         asked = await parse_json(Predict, await read_body(request, service.config))
         _check_signature(asked.signature_name)
         scored = await service.score_all(asked.instances or asked.inputs or [], Wanted())
@@ -95,7 +95,7 @@ def _model_routes(router: APIRouter, service: Service, path: str) -> None:
     )
     async def classify(request: Request, name: str, version: str = VERSION) -> dict[str, Any]:
         """Scores images; the answer has a list of `[label, score]` for each."""
-        check_name(name, await service.describe(), version)
+        check_name(name, service.info, version)
         asked = await parse_json(Classify, await read_body(request, service.config))
         _check_signature(asked.signature_name)
         return {"results": [_pairs(one) for one in await service.score_all(asked.examples, Wanted())]}
