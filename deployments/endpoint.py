@@ -23,7 +23,7 @@ from ray.serve.exceptions import RayServeException
 from deployments.coalescing import Coalescer
 from deployments.config import Config, EndpointConfig
 from deployments.metrics import EndpointMetrics, gather_metrics
-from deployments.pool import CONNECT_TIMEOUT_S, Answer, Running, deploy, pool_handle, wait_running, wait_warm
+from deployments.pool import CONNECT_TIMEOUT_S, QUIET, Answer, Running, deploy, pool_handle, wait_running, wait_warm
 from deployments.web import access
 from deployments.web.app import build_app
 from deployments.web.scoring import Image, Scored, Wanted, check_wanted, other_function, scored_as_wanted
@@ -181,6 +181,7 @@ def serve_model(model: str, config: Config) -> ModelInfo:
         num_replicas=config.endpoint.replicas,
         ray_actor_options={"num_cpus": config.endpoint.cpus},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        logging_config=QUIET,
     )(Endpoint)
     # of the pool's configuration what it needs alone: Serve replaces a deployment whose arguments change
     application = deployment.bind(model, config.endpoint, config.pool.startup_timeout_s, config.pool.replicas == 0)

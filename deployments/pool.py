@@ -24,7 +24,7 @@ from ray.serve import RunTarget
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatusOverview
+from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 
 from deployments.autoscaling import BATCH_SHARE, BATCH_STEPS, ONLINE_SHARE
 from deployments.config import PoolConfig
@@ -36,6 +36,7 @@ from pipeline.model_info import ModelInfo
 from pipeline.steps import StepTimes
 
 DEPLOYMENT = "pool"
+QUIET = LoggingConfig(enable_access_log=False)  # Serve's line for each call costs more than it tells
 ROUTER, POLICY = "deployments.routing.LaneRouter", "deployments.autoscaling.LanePolicy"  # Serve imports them
 MAX_STEP = {"cuda": 128, "cpu": 32}
 ONLINE_STEP_MS = {"cuda": 8.0, "cpu": 50.0}
@@ -189,6 +190,7 @@ def deploy(model: str, config: PoolConfig) -> None:
         max_constructor_retry_count=3,
         graceful_shutdown_timeout_s=DRAIN_S,
         max_surge_percent=config.max_surge_percent,
+        logging_config=QUIET,
         request_router_config=router,
     )(ModelReplica)
     target = RunTarget(deployment.bind(model, config), name=app_name(model), route_prefix=None)
