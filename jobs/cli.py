@@ -156,7 +156,7 @@ def score(images: tuple[str, ...], url: str, top_k: int, as_json: bool) -> None:
 )  # fmt: skip
 @_json
 def key(name: str, scopes: tuple[str, ...], as_json: bool) -> None:
-    """Make an API key for NAME: its line for --keys FILE, and, on standard error, the key itself, this once."""
+    """Make an API key for NAME: a line for the file of keys, and, on standard error, the key itself, this once."""
     secret, made = new_key(name, map(Scope, scopes))
     screen = Screen(sys.stdout, sys.stderr, as_json=as_json)
     screen.result({"key": secret, "line": str(made)})
