@@ -249,6 +249,51 @@ class TestOpenInferenceProtocol:
         with pytest.raises(InferenceServerException, match="the inputs are pixel_values; send one: 'image'"):
             client.infer(NAME, [other])
 
+    @pytest.mark.parametrize("shape", [[10**9, 0, 1, 3], [10**9, 1, 0, 3]])
+    def test_images_without_pixels_cost_nothing_however_many(self, url: str, shape: list[int]) -> None:
+        pixels = {"name": "pixels", "datatype": "UINT8", "shape": shape, "data": []}
+        response = httpx.post(f"{url}/v2/models/{NAME}/infer", json={"inputs": [pixels]})
+        assert (response.status_code, "a request may have 8" in response.json()["error"]) == (413, True)
+
+    @pytest.mark.parametrize(
+        ("tensor", "told"),
+        [
+            ({"datatype": "INT64", "data": [1]}, "is of INT64; send BYTES or UINT8"),
+            ({"data": ["?"]}, "has data that does not fit: not base64"),
+            ({"data": "MQ=="}, "has no data, which is to be a list"),
+            ({"shape": [2], "data": ["MQ=="]}, "has 1 elements for the shape [2]"),
+            ({"shape": [-1], "data": ["MQ=="]}, "with a size below 0"),
+            ({"parameters": {"binary_data_size": 9}}, "has a binary_data_size of 9, and 0 bytes are left"),
+            ({"parameters": {"shared_memory_region": "r"}}, "is in shared memory"),
+            ({"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 300]}, "from 0 to 255"),
+            ({"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 0.5]}, "whole numbers"),
+            ({"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, -1e300]}, "whole numbers"),
+            ({"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 10**30]}, "one shape"),
+            ({"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [[1], [2, 3]]}, "does not fit"),
+            ({"name": "pixels", "datatype": "UINT8", "shape": [1, 3], "data": [1, 2, 3]}, "must be UINT8 [N, H, W, 3]"),
+            ({"name": "image", "datatype": "UINT8", "shape": [1], "data": [1]}, "must be BYTES [N]"),
+        ],
+    )
+    def test_a_tensor_that_cannot_be_is_told_why(self, url: str, tensor: dict[str, Any], told: str) -> None:
+        image = {"name": "image", "datatype": "BYTES", "shape": [1], **tensor}
+        response = httpx.post(f"{url}/v2/models/{NAME}/infer", json={"inputs": [image]})
+        assert (response.status_code, response.json().keys()) == (400, {"error"}), response.text
+        assert told in response.json()["error"]
+
+    def test_binary_data_that_does_not_add_up_is_told(self, url: str) -> None:
+        image = {"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": 6}}
+        text = json.dumps({"inputs": [image]}).encode()
+        for length, data, told in (
+            (str(len(text)), b"\x09\0\0\0ab", "ends within an element"),
+            (str(len(text)), b"\x02\0\0\0abmore", "4 bytes of the body belong to no input"),
+            (str(len(text)), b"\x02\0", "has a binary_data_size of 6, and 2 bytes are left"),
+            (str(len(text) + 99), b"", "it must be a number, at most the body's"),
+            ("many", b"", "it must be a number"),
+        ):
+            headers = {"inference-header-content-length": length}
+            response = httpx.post(f"{url}/v2/models/{NAME}/infer", content=text + data, headers=headers)
+            assert (response.status_code, told in response.json()["error"]) == (400, True), response.text
+
     def test_the_asynchronous_client(self, url: str) -> None:
         async def test() -> None:
             async with triton_aio.InferenceServerClient(url.removeprefix("http://")) as client:

@@ -11,6 +11,7 @@ https://github.com/triton-inference-server/server/tree/main/docs/protocol
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -92,7 +93,8 @@ def _model_routes(router: APIRouter, service: Service, path: str) -> None:
         asked = await parse_json(InferRequest, text)
         outputs = asked.outputs or [OutputWanted(name=SCORES), OutputWanted(name=LABEL)]
         wanted = Wanted(top_k=len(info.labels), embedding=any(one.name == EMBEDDING for one in outputs))
-        scored = await service.score_all(_images(asked, binary), wanted, within_s=_within_s(asked))
+        images = await asyncio.to_thread(_images, asked, binary, service.config.max_images)
+        scored = await service.score_all(images, wanted, within_s=_within_s(asked))
         all_binary = bool(asked.parameters.get("binary_data_output", False))
         told = [_output(one, scored, len(info.labels), all_binary) for one in outputs]
         head = {"model_name": name, "model_version": version, **({"id": asked.id} if asked.id else {})}
@@ -119,8 +121,8 @@ def _tensor(name: str, datatype: str, *shape: int) -> dict[str, Any]:
     return {"name": name, "datatype": datatype, "shape": list(shape)}
 
 
-def _images(asked: InferRequest, binary: memoryview) -> Sequence[Image]:
-    """The images of the request's one input. Raises `Problem`."""
+def _images(asked: InferRequest, binary: memoryview, most: int) -> Sequence[Image]:
+    """The images of the request's one input, and not many more than `most`. Raises `Problem`."""
     inputs = read_tensors(asked.inputs, binary)
     if len(asked.inputs) != 1 or not inputs.keys() <= {IMAGE, PIXELS}:
         told = ", ".join(one.name for one in asked.inputs)
@@ -131,7 +133,7 @@ def _images(asked: InferRequest, binary: memoryview) -> Sequence[Image]:
     if name == IMAGE and isinstance(data, list):
         return data
     if name == PIXELS and isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape[3:] == (3,):
-        return list(data)
+        return list(data[: most + 1])  # of images without pixels, a body has any number
     shapes = {IMAGE: "BYTES [N]", PIXELS: "UINT8 [N, H, W, 3]"}
     detail = f"input {name!r} is {tensor.datatype} {tensor.shape}; it must be {shapes[name]}"
     raise Problem(HTTPStatus.BAD_REQUEST, detail)

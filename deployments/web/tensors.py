@@ -110,11 +110,11 @@ def _from_json(tensor: TensorIn) -> list[bytes] | np.ndarray:
             numbers = np.array(tensor.data)
             if numbers.dtype.kind not in "iuf":
                 raise ValueError(f"numbers of one shape, not {numbers.dtype}")
-            if tensor.datatype == "UINT8" and (
-                numbers.dtype.kind == "f" or numbers.min(initial=0) < 0 or numbers.max(initial=0) > 255
-            ):
+            with np.errstate(invalid="ignore", over="ignore"):
+                cast = numbers.astype(KINDS[tensor.datatype])
+            if tensor.datatype == "UINT8" and not np.array_equal(cast, numbers):
                 raise ValueError("whole numbers from 0 to 255")
-            return numbers.astype(KINDS[tensor.datatype]).reshape(tensor.shape)
+            return cast.reshape(tensor.shape)
         elements = [from_base64(element) for element in _flat(tensor.data)]
     except ValueError as error:
         raise _wrong(tensor, f"has data that does not fit: {error}") from error
