@@ -1,0 +1,234 @@
+"""The endpoint beside what people would serve a model with instead, on this machine, with the small model that ships.
+
+    python benchmarks/online.py            # some 12 minutes: writes results
+    python benchmarks/online.py --json     # the same, with one JSON object as the last line
+
+Tandem, LitServe with its own batching, FastAPI with a pipeline of transformers, and Ray Serve with `@serve.batch` (with
+one hop, and with two as Tandem has) take turns, each with a fresh server in each round. Clients are closed loops: each
+sends an image, waits for the answer, and sends the next one. Of each number of clients: requests/s, p50, p99, and the
+CPU time of a request, in all processes of the server. Each is checked to give the right class first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script
+
+from benchmarks.results import write_results
+from jobs.corpus import digits, encode
+from jobs.models import shipped
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = str(shipped("digits-vit"))
+SYSTEMS = ("tandem", "litserve", "fastapi", "ray_serve", "ray_serve_two")
+PEERS = ("litserve==0.2.19", "pyzmq==27.3.0")
+CLIENTS = (1, 8, 32, 128)
+WARM_S, START_S, P99_MS = 3.0, 120.0, 100.0
+DIGIT = digits()[0]
+_, IMAGE = encode(DIGIT)
+BOUNDARY = "of-the-benchmark"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=8.0, help="at each number of clients")
+    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=SYSTEMS)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    options = parser.parse_args()
+    peers = peers_python()
+    found: dict[str, list[dict[str, Any]]] = {system: [] for system in options.systems}
+    for _ in range(options.rounds):
+        for system, rounds in found.items():
+            with serving(system, peers) as (port, server):
+                rounds.append(measure(system, port, server, options.seconds))
+    results = {system: summary(rounds) for system, rounds in found.items()}
+    print(table(results))
+    write_results("online", {"rounds": options.rounds, "seconds": options.seconds, "systems": results})
+    if options.json:
+        print(json.dumps(results))
+
+
+def peers_python() -> str:
+    """An interpreter that has this environment's packages, and the peers' beside them."""
+    folder = ROOT / "benchmarks" / ".venv-peers"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+        (site,) = folder.glob("lib/python*/site-packages")
+        ours = next(path for path in sys.path if path.endswith("site-packages"))
+        (site / "ours.pth").write_text(ours + "\n")
+        subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *PEERS], check=True)
+    return str(python)
+
+
+@contextmanager
+def serving(system: str, peers: str) -> Iterator[tuple[int, int]]:
+    """The port at which the system answers, and its process's id, for as long as the context lasts."""
+    port = free_port()
+    script = [peers, str(ROOT / "benchmarks" / "online_peers.py"), system, str(port), MODEL]
+    ours = [str(Path(sys.executable).parent / "tandem"), "serve", "--model", MODEL, "--port", str(port)]
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as state:
+        environment = {**os.environ, "XDG_STATE_HOME": state, "RAY_USAGE_STATS_ENABLED": "0"}
+        command = ours if system == "tandem" else script
+        with subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True) as process:
+            try:
+                wait_ready(system, port, process)
+                yield port, process.pid
+            finally:
+                stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends the server and all that it started."""
+    tree = [*family(process.pid)]
+    process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    for pid in tree:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def family(pid: int) -> Iterator[int]:
+    """The process, and all that it and they started."""
+    yield pid
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            for child in task.read_text().split():
+                yield from family(int(child))
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def request_of(system: str) -> bytes:
+    """An HTTP request as the system wants it."""
+    form = system in ("fastapi", "litserve")
+    kind, body = "application/octet-stream", IMAGE
+    if form:
+        head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="digit.png"\r\n\r\n'
+        kind, body = f"multipart/form-data; boundary={BOUNDARY}", head.encode() + IMAGE + f"\r\n--{BOUNDARY}--".encode()
+    path = "/predict" if system in ("fastapi", "litserve", "tandem") else "/"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def wait_ready(system: str, port: int, process: subprocess.Popen[bytes]) -> None:
+    """Waits for an answer, and checks that it is the digit's class."""
+    head, _, body = request_of(system).partition(b"\r\n\r\n")
+    path = head.split()[1].decode()
+    headers = {"content-type": head.partition(b"Content-Type: ")[2].partition(b"\r\n")[0].decode()}
+    deadline = time.monotonic() + START_S
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline, f"{system} does not come up"  # noqa: PT018
+        try:
+            response = httpx.post(f"http://127.0.0.1:{port}{path}", content=body, headers=headers, timeout=30)
+        except httpx.HTTPError:
+            time.sleep(0.2)
+            continue
+        if response.is_success:
+            told = response.json()
+            best = (told["predictions"] if system == "tandem" else told)[0]
+            assert best["label"] == str(DIGIT.label), f"{system} takes a {DIGIT.label} for {best}"
+            return
+        time.sleep(0.2)
+
+
+def measure(system: str, port: int, server: int, seconds: float) -> dict[str, Any]:
+    """Of each number of clients what it sees, and what it costs the server."""
+    request, result = request_of(system), {}
+    asyncio.run(crowd(port, request, 8, WARM_S))
+    for clients in CLIENTS:
+        before_s = cpu_s(server)
+        latencies_ms, took_s = asyncio.run(crowd(port, request, clients, seconds))
+        ordered = sorted(latencies_ms)
+        result[str(clients)] = {
+            "requests_per_s": round(len(ordered) / took_s, 1),
+            "p50_ms": round(ordered[len(ordered) // 2], 1),
+            "p99_ms": round(ordered[int(0.99 * len(ordered))], 1),
+            "cpu_ms_per_request": round((cpu_s(server) - before_s) / len(ordered) * 1e3, 2),
+        }
+    return result
+
+
+async def crowd(port: int, request: bytes, clients: int, seconds: float) -> tuple[list[float], float]:
+    """Clients that ask for so long; the ms of each request, and the time that it took all."""
+    latencies_ms: list[float] = []
+    started_s = time.perf_counter()
+    ends_s = started_s + seconds
+
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while (sent_s := time.perf_counter()) < ends_s:
+            writer.write(request)
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert b" 200 " in head.split(b"\r\n", 1)[0], head
+            length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+            await reader.readexactly(int(length))
+            latencies_ms.append((time.perf_counter() - sent_s) * 1e3)
+        writer.close()
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return latencies_ms, time.perf_counter() - started_s
+
+
+def cpu_s(server: int) -> float:
+    """What the server and all its processes have used."""
+    ticks = 0
+    for pid in family(server):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The medians of the rounds, and the requests/s of the best number of clients whose p99 stays within 100 ms."""
+    result: dict[str, Any] = {
+        clients: {
+            name: round(statistics.median(one[clients][name] for one in rounds), 2) for name in rounds[0][clients]
+        }
+        for clients in rounds[0]
+    }
+    fits = [one["requests_per_s"] for one in result.values() if one["p99_ms"] <= P99_MS]
+    return {**result, "requests_per_s_at_p99_100ms": max(fits, default=None), "rounds": rounds}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """A few lines for people."""
+    lines = [f"{'':14} {'clients':>8} {'req/s':>8} {'p50 ms':>8} {'p99 ms':>8} {'CPU ms':>8}"]
+    for system, result in results.items():
+        for clients in map(str, CLIENTS):
+            one = result[clients]
+            lines.append(
+                f"{system:14} {clients:>8} {one['requests_per_s']:>8} {one['p50_ms']:>8} {one['p99_ms']:>8} "
+                f"{one['cpu_ms_per_request']:>8}"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
