@@ -353,7 +353,7 @@ def test_openapi_lists_the_routes_and_their_answers() -> None:
     }
     bodies = {"200", "400", "408", "413", "415", "422", "500", "503", "504"}
     assert answers["post /predict"] == bodies
-    assert answers["post /v2/models/{name}/infer"] == bodies | {"404"}
+    assert answers["post /v2/models/{name}/infer"] == bodies | {"404", "405"}
     assert answers["get /healthz"] == {"200"}
     assert answers["get /readyz"] == {"200", "503"}
     predict = document["paths"]["/predict"]["post"]

@@ -39,6 +39,7 @@ def build_app(
         description="Scores images on the pool's model actors.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     service = Service(scorer, config)
     fetcher = fetcher or Fetcher(

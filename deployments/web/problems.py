@@ -96,9 +96,14 @@ _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "requir
 
 
 def documented(shape: Shape, *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of a route's errors."""
+    """What OpenAPI says of a route's errors.
+
+    A name in a path may be one that makes it the path of no route, or of another one: so 404 and 405 may also come in
+    problem+json.
+    """
     media, schema = (PROBLEM_JSON, _PROBLEM) if shape is problem_json else ("application/json", _ERROR)
-    return {
-        status: {"description": HTTPStatus(status).phrase, "content": {media: {"schema": schema}}}
-        for status in statuses
-    }
+    found = {status: {media: {"schema": schema}} for status in statuses}
+    if 404 in found:
+        found[404] |= {PROBLEM_JSON: {"schema": _PROBLEM}}
+        found[405] = {PROBLEM_JSON: {"schema": _PROBLEM}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status, content in found.items()}
