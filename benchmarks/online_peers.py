@@ -7,6 +7,7 @@ as Tandem has; `ray_serve` has the model behind Serve's proxy at once.
 """
 
 import io
+import os
 import sys
 from typing import Any
 
@@ -72,6 +73,7 @@ def ray_serve(port: int, model: str, *, two: bool = False) -> None:
     """Ray Serve with `@serve.batch`; `two` with an ingress deployment before that of the model."""
     import signal
 
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # which Ray reads as it is imported; or it writes a token into the home
     import ray
     from PIL import Image
     from ray import serve
@@ -97,7 +99,7 @@ def ray_serve(port: int, model: str, *, two: bool = False) -> None:
         async def __call__(self, request: Request) -> Any:
             return await self.pool.score.remote(await request.body())
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     pool: Any = serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.5})(Model)
     ingress: Any = serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1})(Ingress)
