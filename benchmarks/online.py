@@ -187,7 +187,10 @@ async def crowd(port: int, request: bytes, clients: int, seconds: float) -> tupl
             head = await reader.readuntil(b"\r\n\r\n")
             assert b" 200 " in head.split(b"\r\n", 1)[0], head
             length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
-            await reader.readexactly(int(length))
+            if length:
+                await reader.readexactly(int(length))
+            else:
+                await reader.readuntil(b"\r\n0\r\n\r\n")  # it comes in chunks
             latencies_ms.append((time.perf_counter() - sent_s) * 1e3)
         writer.close()
 
