@@ -44,7 +44,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script, and uses what the tests do
 
-from benchmarks.results import write_results
+from benchmarks.results import percentile, write_results
 from deployments.cluster import local_ray, own_ray, start_serve
 from pipeline.dispatcher import Dispatcher, Scores
 from pipeline.lanes import Lane, LaneLimits
@@ -236,11 +236,6 @@ async def keep_busy(handle: Any, device: Device) -> None:
 
 
 SHARES = {"50": 0.5, "99": 0.99, "99_9": 0.999}
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value that `share` of them, 0 to 1, do not pass."""
-    return round(sorted(values)[min(len(values) - 1, int(share * len(values)))], 1)
 
 
 def calibrated(model: str) -> Device:

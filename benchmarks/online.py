@@ -31,9 +31,10 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script
 
-from benchmarks.results import write_results
+from benchmarks.results import percentile, write_results
 from jobs.corpus import digits, encode
 from jobs.models import shipped
+from tests.stores import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(shipped("digits-vit"))
@@ -82,7 +83,7 @@ def peers_python() -> str:
 @contextmanager
 def serving(system: str, peers: str) -> Iterator[tuple[int, int]]:
     """The port at which the system answers, and its process's id, for as long as the context lasts."""
-    port = free_port()
+    (port,) = free_ports(1)
     script = [peers, str(ROOT / "benchmarks" / "online_peers.py"), system, str(port), MODEL]
     ours = [str(Path(sys.executable).parent / "tandem"), "serve", "--model", MODEL, "--port", str(port)]
     with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as state:
@@ -114,14 +115,6 @@ def family(pid: int) -> Iterator[int]:
         with suppress(FileNotFoundError, ProcessLookupError):
             for child in task.read_text().split():
                 yield from family(int(child))
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def request_of(system: str) -> bytes:
@@ -164,12 +157,11 @@ def measure(system: str, port: int, server: int, seconds: float) -> dict[str, An
     for clients in CLIENTS:
         before_s = cpu_s(server)
         latencies_ms, took_s = asyncio.run(crowd(port, request, clients, seconds))
-        ordered = sorted(latencies_ms)
         result[str(clients)] = {
-            "requests_per_s": round(len(ordered) / took_s, 1),
-            "p50_ms": round(ordered[len(ordered) // 2], 1),
-            "p99_ms": round(ordered[int(0.99 * len(ordered))], 1),
-            "cpu_ms_per_request": round((cpu_s(server) - before_s) / len(ordered) * 1e3, 2),
+            "requests_per_s": round(len(latencies_ms) / took_s, 1),
+            "p50_ms": percentile(latencies_ms, 0.5),
+            "p99_ms": percentile(latencies_ms, 0.99),
+            "cpu_ms_per_request": round((cpu_s(server) - before_s) / len(latencies_ms) * 1e3, 2),
         }
     return result
 

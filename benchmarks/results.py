@@ -34,3 +34,8 @@ def write_results(name: str, content: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**machine(), **content}, indent=2) + "\n")
     return path
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value that `share` of them, 0 to 1, do not pass."""
+    return round(sorted(values)[min(len(values) - 1, int(share * len(values)))], 1)

@@ -23,7 +23,6 @@ from pipeline.model_info import Dtype
 REPLICA_CPUS = 0.5
 ENDPOINT_CPUS = 0.1
 
-
 _ROUTE = re.compile(r"(/[\w.~:-]+)+")
 _HOST = re.compile(r"(\*\.)?[\w.-]+(:\d+)?")
 

@@ -8,14 +8,12 @@ from functools import cached_property
 import numpy as np
 
 from deployments.web.scoring import Image, Scored, Wanted, check_wanted, scored_as_wanted
-from jobs.models import shipped
 from pipeline.checkpoint import find_checkpoint
 from pipeline.decode import decode_image, resize_pixels
 from pipeline.errors import ImageError
 from pipeline.model import Classifier
 from pipeline.model_info import ModelInfo
-
-MODEL = str(shipped("digits-vit"))
+from tests.command import MODEL
 
 
 class LocalScorer:

@@ -1,16 +1,29 @@
-"""ASGI applications on a port of loopback."""
+"""ASGI applications, asked directly and on a port of loopback."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import uvicorn
 
 from tests.stores import free_ports
+
+
+def ask(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
+    """What the application answers, without a port."""
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(ask())
 
 
 @contextmanager

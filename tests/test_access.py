@@ -14,6 +14,7 @@ from deployments.metrics import ours
 from deployments.web.access import CLIENT_GONE, REQUEST_ID
 from deployments.web.app import build_app
 from deployments.web.keys import Scope, new_key
+from tests.servers import ask
 from tests.test_web import Pool
 
 SECRET, KEY = new_key("nightly", [Scope.PREDICT])
@@ -30,12 +31,7 @@ class Kept:
         self.app = build_app(Pool(), EndpointConfig(**config), observe=lambda *one: self.observed.append(one))
 
     def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
-        async def ask() -> httpx.Response:
-            transport = httpx.ASGITransport(self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as client:
-                return await client.request(method, path, **options)
-
-        return asyncio.run(ask())
+        return ask(self.app, method, path, **options)
 
     @property
     def lines(self) -> list[dict[str, Any]]:

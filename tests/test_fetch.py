@@ -17,6 +17,7 @@ from deployments.config import EndpointConfig
 from deployments.web.app import build_app
 from deployments.web.fetch import Fetcher, is_public
 from deployments.web.problems import Problem
+from tests.servers import ask
 from tests.test_web import Pool
 
 PUBLIC = "93.184.215.14"
@@ -251,12 +252,7 @@ def test_the_proxy_of_the_environment_is_not_asked(web: Server, monkeypatch: pyt
 
 
 def _get(path: str, config: EndpointConfig, fetcher: Fetcher | None = None) -> httpx.Response:
-    async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(build_app(Pool(), config, fetcher=fetcher))
-        async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as client:
-            return await client.get(path)
-
-    return asyncio.run(ask())
+    return ask(build_app(Pool(), config, fetcher=fetcher), "GET", path)
 
 
 def test_urls_are_fetched_only_where_hosts_are_listed(web: Server) -> None:

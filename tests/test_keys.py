@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import httpx
@@ -13,6 +12,7 @@ from deployments.web.app import build_app
 from deployments.web.keys import Key, Keys, Scope, new_key, parse_keys
 from pipeline.errors import UsageError
 from tests.command import tandem
+from tests.servers import ask
 from tests.test_web import Pool
 
 PREDICT, PREDICT_KEY = new_key("nightly", [Scope.PREDICT])
@@ -22,14 +22,8 @@ SCORING = ["/predict", "/", "/models/x", "/invocations", "/v2/models/name/infer"
 
 
 def _ask(method: str, path: str, *, config: EndpointConfig | None = None, **options: Any) -> httpx.Response:
-    app = build_app(Pool(), config or EndpointConfig(keys=KEYS, health_route="/h", predict_route="/v"))
-
-    async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as client:
-            return await client.request(method, path, **options)
-
-    return asyncio.run(ask())
+    config = config or EndpointConfig(keys=KEYS, health_route="/h", predict_route="/v")
+    return ask(build_app(Pool(), config), method, path, **options)
 
 
 def _bearer(secret: str) -> dict[str, str]:
@@ -98,15 +92,9 @@ def test_openapi_tells_which_routes_want_a_key() -> None:
 def test_a_key_that_asks_too_often_is_told_when_to_come_again() -> None:
     app = build_app(Pool(), EndpointConfig(keys=KEYS, rate_per_s=0.01))
 
-    async def ask() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as client:
-            return [
-                await client.post("/predict", content=b"cat", headers=_bearer(secret))
-                for secret in (PREDICT, PREDICT, ADMIN)
-            ]
-
-    first, second, other = asyncio.run(ask())
+    first, second, other = (
+        ask(app, "POST", "/predict", content=b"cat", headers=_bearer(secret)) for secret in (PREDICT, PREDICT, ADMIN)
+    )
     assert [one.status_code for one in (first, second, other)] == [200, 429, 200]
     assert 0 < int(second.headers["retry-after"]) <= 100
 

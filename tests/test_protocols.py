@@ -26,7 +26,8 @@ from tritonclient.utils import InferenceServerException
 from deployments.config import EndpointConfig
 from deployments.web.app import build_app
 from jobs.corpus import digits, encode
-from tests.local_scorer import MODEL, LocalScorer
+from tests.command import MODEL
+from tests.local_scorer import LocalScorer
 from tests.servers import served
 
 SCORER = cache(LocalScorer)

@@ -19,6 +19,7 @@ from deployments.web.scoring import REPLICA_HEADER, Image, Scored, Wanted
 from pipeline.errors import Busy, Expired, ImageError, ModelError, PoolError, UsageError
 from pipeline.model_info import ModelInfo
 from pipeline.transform import ImageTransform
+from tests.servers import ask
 
 _INFO = ModelInfo(
     model="org/name",
@@ -73,12 +74,7 @@ def _hangs() -> Pool:
 
 
 def _ask(scorer: Pool, method: str, path: str, *, config: EndpointConfig = _SMALL, **options: Any) -> httpx.Response:
-    async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(build_app(scorer, config))
-        async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as client:
-            return await client.request(method, path, **options)
-
-    return asyncio.run(ask())
+    return ask(build_app(scorer, config), method, path, **options)
 
 
 def _problem(response: httpx.Response, status: int) -> str:

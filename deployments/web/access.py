@@ -72,5 +72,4 @@ class Access:
 
 def _protocol(route: Any) -> str:
     """The first tag of the route, which is its protocol's name."""
-    tags = getattr(route, "tags", None) or ["none"]
-    return str(getattr(tags[0], "value", tags[0]))
+    return str((getattr(route, "tags", None) or ["none"])[0])

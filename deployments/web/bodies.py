@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import zlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from http import HTTPStatus
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ValidationError, WithJsonSchema, model_validator
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -146,7 +145,7 @@ def from_base64(text: Any) -> Any:
         text = text.partition(",")[2]
     try:
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"not base64: {error}") from error
 
 
@@ -168,6 +167,22 @@ Instance = Annotated[
     BeforeValidator(_instance_image),
     WithJsonSchema({"anyOf": [_B64, {"type": "object", "additionalProperties": _B64, "maxProperties": 1}]}),
 ]
+
+
+class InstancesOrInputs(BaseModel):
+    """A request that has either of two forms; what `inputs` are, its protocol says."""
+
+    instances: list[Instance] | None = None
+    inputs: Any = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.instances is None) == (self.inputs is None):
+            raise ValueError("one of instances and inputs must be there")
+        return self
+
+
+OBJECT = {"type": "object"}  # as a schema
 
 
 def documented_body(**kinds: Any) -> dict[str, Any]:
@@ -203,7 +218,6 @@ def _inlined(schema: Any, known: dict[str, Any]) -> Any:
     return schema
 
 
-def documented_answer(kind: Any, *media: str) -> dict[int | str, dict[str, Any]]:
+def documented_answer(kind: Any) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says of a route's success."""
-    types: Sequence[str] = media or (JSON,)
-    return {200: {"description": "OK", "content": {name: {"schema": schema_of(kind)} for name in types}}}
+    return {200: {"description": "OK", "content": {JSON: {"schema": schema_of(kind)}}}}

@@ -14,16 +14,18 @@ https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.h
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, Field
 
 from deployments.web.bodies import (
     JSON,
+    OBJECT,
     Base64,
     Instance,
+    InstancesOrInputs,
     documented_answer,
     documented_body,
     is_raw,
@@ -32,34 +34,24 @@ from deployments.web.bodies import (
     read_body,
     unknown_type,
 )
-from deployments.web.huggingface import Parameters
+from deployments.web.huggingface import Parameters, ParametersOrNull
 from deployments.web.problems import answers_in, documented, error_json
-from deployments.web.scoring import TOP_K, Service, Wanted
+from deployments.web.scoring import Service, Wanted
 from pipeline.errors import ImageError
-
-_Parameters = Annotated[Parameters, BeforeValidator(lambda value: {} if value is None else value)]
-_OBJECT = {"type": "object"}
 
 
 class Instances(BaseModel):
     """Vertex AI's request."""
 
     instances: list[Instance]
-    parameters: _Parameters = Field(default_factory=Parameters)
+    parameters: ParametersOrNull = Field(default_factory=Parameters)
 
 
-class Invocation(BaseModel):
+class Invocation(InstancesOrInputs):
     """SageMaker's request in JSON: `instances`, or `inputs` as its Hugging Face containers take them."""
 
-    instances: list[Instance] | None = None
     inputs: Base64 | None = None
-    parameters: _Parameters = Field(default_factory=Parameters)
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Invocation:
-        if (self.instances is None) == (self.inputs is None):
-            raise ValueError("one of instances and inputs must be there")
-        return self
+    parameters: ParametersOrNull = Field(default_factory=Parameters)
 
 
 def routes(service: Service) -> APIRouter:
@@ -79,7 +71,7 @@ def routes(service: Service) -> APIRouter:
     @router.post(
         "/invocations",
         openapi_extra=documented_body(raw=True, json=Invocation),
-        responses={**documented_answer({"anyOf": [{"type": "array"}, _OBJECT]}), **failures},
+        responses={**documented_answer({"anyOf": [{"type": "array"}, OBJECT]}), **failures},
     )
     async def invocations(request: Request) -> Response:
         """Scores one image, or the instances in JSON."""
@@ -91,7 +83,7 @@ def routes(service: Service) -> APIRouter:
             raise unknown_type(media, "an image", JSON)
         asked = await parse_json(Invocation, body)
         if asked.inputs is not None:
-            (scored,) = await service.score_all([asked.inputs], _wanted(asked.parameters))
+            (scored,) = await service.score_all([asked.inputs], asked.parameters.wanted)
             return JSONResponse(scored.predictions)
         return JSONResponse(await _predictions(service, asked.instances or [], asked.parameters))
 
@@ -100,7 +92,7 @@ def routes(service: Service) -> APIRouter:
         @router.post(
             config.predict_route,
             openapi_extra=documented_body(json=Instances),
-            responses={**documented_answer(_OBJECT), **failures},
+            responses={**documented_answer(OBJECT), **failures},
         )
         async def predict(request: Request) -> dict[str, Any]:
             """Scores the instances."""
@@ -110,11 +102,7 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _wanted(parameters: Parameters) -> Wanted:
-    return Wanted(top_k=parameters.top_k or TOP_K, function=parameters.function_to_apply)
-
-
 async def _predictions(service: Service, images: list[bytes], parameters: Parameters) -> dict[str, Any]:
-    results = await service.score(images, _wanted(parameters))
+    results = await service.score(images, parameters.wanted)
     told = [{"error": str(one)} if isinstance(one, ImageError) else one.predictions for one in results]
     return {"predictions": told}

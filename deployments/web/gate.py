@@ -9,12 +9,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
 from deployments.web.keys import Key, Keys, Scope
-from deployments.web.problems import PROBLEM_JSON, Problem, documented, problem_json
+from deployments.web.problems import Problem, documented, problem_json
 
 OPEN = {"/", "/healthz", "/readyz", "/ping", "/openapi.json", "/v2/health/live", "/v2/health/ready"}  # to GET
 ADMIN = {"/metrics"}
@@ -35,7 +34,8 @@ class Gate:
             try:
                 connection.setdefault("state", {})["key"] = self._admitted(connection).name
             except Problem as problem:
-                await _refusal(problem)(connection, receive, send)
+                # with the `error` that the clients of other protocols look for
+                await problem_json(problem, error=problem.detail)(connection, receive, send)
                 return
         await self._app(connection, receive, send)
 
@@ -84,10 +84,3 @@ def document_keys(app: FastAPI, open_routes: Iterable[str] = ()) -> None:
 def _secret(headers: Headers) -> str:
     kind, _, secret = headers.get("authorization", "").partition(" ")
     return secret.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "").strip()
-
-
-def _refusal(problem: Problem) -> JSONResponse:
-    """In problem+json, with the `error` that the clients of other protocols look for."""
-    status = problem.status
-    content = {"type": "about:blank", "title": status.phrase, "status": status, "detail": problem.detail}
-    return JSONResponse({**content, "error": problem.detail}, status, problem.headers, media_type=PROBLEM_JSON)

@@ -38,14 +38,20 @@ class Parameters(BaseModel):
     top_k: TopK | None = None
     function_to_apply: Function | None = None
 
+    @property
+    def wanted(self) -> Wanted:
+        """The same, for the scorer."""
+        return Wanted(top_k=self.top_k or TOP_K, function=self.function_to_apply)
+
+
+ParametersOrNull = Annotated[Parameters, BeforeValidator(lambda value: {} if value is None else value)]
+
 
 class Task(BaseModel):
     """A task in JSON."""
 
     inputs: Base64
-    parameters: Annotated[Parameters, BeforeValidator(lambda value: {} if value is None else value)] = Field(
-        default_factory=Parameters
-    )
+    parameters: ParametersOrNull = Field(default_factory=Parameters)
 
 
 class Classes(RootModel[list[Prediction]]):
@@ -70,8 +76,7 @@ def routes(service: Service) -> APIRouter:
         wanted = Wanted()
         if media == JSON:
             content = await parse_json(Task, body)
-            body, parameters = content.inputs, content.parameters
-            wanted = Wanted(top_k=parameters.top_k or TOP_K, function=parameters.function_to_apply)
+            body, wanted = content.inputs, content.parameters.wanted
         elif not is_raw(media):
             raise unknown_type(media, "an image", JSON)
         (scored,) = await service.score_all([body], wanted)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from deployments.web.bodies import documented_answer, documented_body, parse_json, read_body
+from deployments.web.bodies import OBJECT, documented_answer, documented_body, parse_json, read_body
 from deployments.web.naming import VERSION, check_name, short_name
 from deployments.web.problems import Problem, answers_in, documented, error_json
 from deployments.web.scoring import Image, Scored, Service, Wanted
@@ -31,14 +31,13 @@ from pipeline.model_info import ModelInfo
 LENGTH_HEADER = "inference-header-content-length"
 IMAGE, PIXELS = "image", "pixels"
 SCORES, LABEL, EMBEDDING = "scores", "label", "embedding"
-_OBJECT = {"type": "object"}
 _MODEL = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
 
 
 def routes(service: Service) -> APIRouter:
     """The routes of this protocol."""
     router = APIRouter(tags=["oip"], route_class=answers_in(error_json))
-    told = documented_answer(_OBJECT)
+    told = documented_answer(OBJECT)
 
     @router.get("/v2/health/live", responses=told)
     async def live() -> dict[str, bool]:
@@ -64,13 +63,13 @@ def routes(service: Service) -> APIRouter:
 def _model_routes(router: APIRouter, service: Service, path: str) -> None:
     unknown = documented(error_json, 404, 503)
 
-    @router.get(f"{path}/ready", responses={**documented_answer(_OBJECT), **unknown})
+    @router.get(f"{path}/ready", responses={**documented_answer(OBJECT), **unknown})
     async def model_ready(name: str, version: str = VERSION) -> dict[str, Any]:
         """Answers while the pool does."""
         check_name(name, await service.describe(), version)
         return {"name": name, "ready": True}
 
-    @router.get(path, responses={**documented_answer(_OBJECT), **unknown})
+    @router.get(path, responses={**documented_answer(OBJECT), **unknown})
     async def model(name: str, version: str = VERSION) -> dict[str, Any]:
         """The model's inputs and outputs."""
         info = service.info
@@ -81,7 +80,7 @@ def _model_routes(router: APIRouter, service: Service, path: str) -> None:
         f"{path}/infer",
         openapi_extra=documented_body(json=InferRequest),
         responses={
-            **documented_answer(_OBJECT),
+            **documented_answer(OBJECT),
             **documented(error_json, 400, 404, 408, 413, 415, 422, 500, 503, 504),
         },
     )

@@ -28,6 +28,7 @@ from deployments.web.bodies import (
     media_type,
     parse_json,
     read_body,
+    schema_of,
     unknown_type,
 )
 from deployments.web.problems import answers_in, documented, problem_json
@@ -96,7 +97,7 @@ def routes(service: Service) -> APIRouter:
         "/predict",
         openapi_extra=documented_body(raw=True, files=True, json=Images),
         responses={
-            **documented_answer({"anyOf": [_ANSWER, _ANSWERS]}),
+            **documented_answer({"anyOf": [schema_of(Answer), schema_of(Answers)]}),
             **documented(problem_json, 400, 408, 413, 415, 422, 500, 503, 504),
         },
     )
@@ -129,9 +130,6 @@ def routes(service: Service) -> APIRouter:
         return {"status": "ready", "model": info.model, "revision": info.revision}
 
     return router
-
-
-_ANSWER, _ANSWERS = (documented_answer(kind)[200]["content"][JSON]["schema"] for kind in (Answer, Answers))
 
 
 def _told(one: Scored | ImageError) -> dict[str, Any]:

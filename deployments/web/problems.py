@@ -26,13 +26,14 @@ class Problem(Exception):
 Shape = Callable[[Problem], Response]
 
 
-def problem_json(problem: Problem) -> Response:
-    """As RFC 9457 says."""
+def problem_json(problem: Problem, **members: str) -> Response:
+    """As RFC 9457 says, which lets a problem have further members."""
     content = {
         "type": "about:blank",
         "title": problem.status.phrase,
         "status": problem.status.value,
         "detail": problem.detail,
+        **members,
     }
     return JSONResponse(content, problem.status, problem.headers, media_type=PROBLEM_JSON)
 

@@ -12,18 +12,25 @@ Source: https://www.tensorflow.org/tfx/serving/api_rest
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field
 
-from deployments.web.bodies import Instance, documented_answer, documented_body, parse_json, read_body
+from deployments.web.bodies import (
+    OBJECT,
+    Instance,
+    InstancesOrInputs,
+    documented_answer,
+    documented_body,
+    parse_json,
+    read_body,
+)
 from deployments.web.naming import VERSION, check_name
 from deployments.web.problems import Problem, answers_in, documented, error_json
 from deployments.web.scoring import Scored, Service, Wanted
 
 SIGNATURES = ("serving_default", "")
-_OBJECT = {"type": "object"}
 _MODEL = "/v1/models/{name}", "/v1/models/{name}/versions/{version}"
 
 
@@ -34,25 +41,25 @@ def _column(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-class Predict(BaseModel):
+class Signed(BaseModel):
+    """A request that may name a signature."""
+
+    signature_name: str = ""
+
+
+class Predict(Signed, InstancesOrInputs):
     """A request to predict. TensorFlow Serving takes either form, and answers in the same."""
 
-    signature_name: str = ""
-    instances: list[Instance] | None = None
     inputs: Annotated[list[Instance] | None, BeforeValidator(_column)] = None
 
-    @model_validator(mode="after")
-    def _one_form(self) -> Predict:
-        if (self.instances is None) == (self.inputs is None):
-            raise ValueError("one of instances and inputs must be there")
-        return self
 
-
-class Classify(BaseModel):
+class Classify(Signed):
     """A request to classify: each example is a mapping of one feature, the image."""
 
-    signature_name: str = ""
     examples: list[Instance] = Field(min_length=1)
+
+
+Asked = TypeVar("Asked", bound=Signed)
 
 
 def routes(service: Service) -> APIRouter:
@@ -64,46 +71,37 @@ def routes(service: Service) -> APIRouter:
 
 
 def _model_routes(router: APIRouter, service: Service, path: str) -> None:
-    failures = documented(error_json, 400, 404, 408, 413, 415, 422, 500, 503, 504)
+    answers = {**documented_answer(OBJECT), **documented(error_json, 400, 404, 408, 413, 415, 422, 500, 503, 504)}
 
-    @router.get(path, responses={**documented_answer(_OBJECT), **documented(error_json, 404, 503)})
+    async def read(kind: type[Asked], request: Request, name: str, version: str) -> Asked:
+        check_name(name, service.info, version)
+        asked = await parse_json(kind, await read_body(request, service.config))
+        if asked.signature_name not in SIGNATURES:
+            detail = f"there is no signature {asked.signature_name!r}; there is {SIGNATURES[0]!r}"
+            raise Problem(HTTPStatus.NOT_FOUND, detail)
+        return asked
+
+    @router.get(path, responses={**documented_answer(OBJECT), **documented(error_json, 404, 503)})
     async def status(name: str, version: str = VERSION) -> dict[str, Any]:
         """Whether the model is available."""
         check_name(name, await service.describe(), version)
         fine = {"error_code": "OK", "error_message": ""}
         return {"model_version_status": [{"version": VERSION, "state": "AVAILABLE", "status": fine}]}
 
-    @router.post(
-        f"{path}:predict",
-        openapi_extra=documented_body(json=Predict),
-        responses={**documented_answer(_OBJECT), **failures},
-    )
+    @router.post(f"{path}:predict", openapi_extra=documented_body(json=Predict), responses=answers)
     async def predict(request: Request, name: str, version: str = VERSION) -> dict[str, Any]:
         """Scores images."""
-        check_name(name, service.info, version)
-        asked = await parse_json(Predict, await read_body(request, service.config))
-        _check_signature(asked.signature_name)
+        asked = await read(Predict, request, name, version)
         scored = await service.score_all(asked.instances or asked.inputs or [], Wanted())
         if asked.instances is not None:
             return {"predictions": [{"classes": one.labels, "scores": one.scores} for one in scored]}
         return {"outputs": {"classes": [one.labels for one in scored], "scores": [one.scores for one in scored]}}
 
-    @router.post(
-        f"{path}:classify",
-        openapi_extra=documented_body(json=Classify),
-        responses={**documented_answer(_OBJECT), **failures},
-    )
+    @router.post(f"{path}:classify", openapi_extra=documented_body(json=Classify), responses=answers)
     async def classify(request: Request, name: str, version: str = VERSION) -> dict[str, Any]:
         """Scores images; the answer has a list of `[label, score]` for each."""
-        check_name(name, service.info, version)
-        asked = await parse_json(Classify, await read_body(request, service.config))
-        _check_signature(asked.signature_name)
+        asked = await read(Classify, request, name, version)
         return {"results": [_pairs(one) for one in await service.score_all(asked.examples, Wanted())]}
-
-
-def _check_signature(name: str) -> None:
-    if name not in SIGNATURES:
-        raise Problem(HTTPStatus.NOT_FOUND, f"there is no signature {name!r}; there is {SIGNATURES[0]!r}")
 
 
 def _pairs(one: Scored) -> list[list[str | float]]:
