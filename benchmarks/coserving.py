@@ -315,7 +315,7 @@ def main() -> None:
     own_ray()
     results = []
     with local_ray():
-        start_serve(http=False)
+        start_serve()
         device = calibrated(options.model) if options.model else SIMULATED
         for load in options.loads:
             plain = Setting(device, load, 0.0, 0.0)

@@ -84,7 +84,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     job = prepare(spec)
     prepare_s = time.perf_counter() - started_s
     with local_ray():
-        start_serve(http=False)
+        start_serve()
         deploy_stub()
         stub = mock.patch("jobs.datapath.DataPath.receipts", staged_without_data(options.images, limits))
         watch = Watch()

@@ -7,13 +7,9 @@ import logging
 import os
 import secrets
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from pipeline.errors import PoolFailed
 
 # Read by Ray as it is imported and as it starts; what the user has set stays.
 _QUIET = {
@@ -29,7 +25,6 @@ _QUIET = {
 }
 MIN_LOGICAL_CPUS = 2  # below, the pool, its endpoint, a reader, a caller and a decoder do not fit together
 OBJECT_STORE_BYTES = 2 << 30
-PROBES, PROBE_PAUSE_S = 50, 0.2
 
 
 def quiet() -> None:
@@ -133,41 +128,9 @@ def join_ray(gcs_address: str | None) -> None:
     _stop_on_sigterm()
 
 
-def start_serve(*, http: bool) -> None:
-    """Starts Serve, unless it runs in this cluster already; `http` only if something may want an endpoint later."""
-    _start_serve("HeadOnly" if http else "Disabled", None)
-
-
-def serve_at(host: str, port: int) -> str:
-    """Starts Serve with its HTTP side at `host` and `port`, or joins the one that runs; returns the URL.
-
-    Raises `PoolFailed` where nothing answers there: a Serve that runs keeps the address that it was started with.
-    """
-    _start_serve("HeadOnly", {"host": host, "port": port})
-    url = f"http://{host}:{port}"
-    everywhere = ("0.0.0.0", "::")  # noqa: S104 -- where a user asks for it
-    if not _answers(f"http://{'127.0.0.1' if host in everywhere else host}:{port}/-/healthz"):
-        raise PoolFailed(
-            f"Serve runs in this cluster, but not at {url}: give the --host and --port it was started with"
-        )
-    return url
-
-
-def _start_serve(proxy_location: str, http_options: dict[str, Any] | None) -> None:
+def start_serve() -> None:
+    """Starts Serve without its own HTTP side, unless it runs in this cluster already."""
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location=proxy_location, http_options=http_options)
-
-
-def _answers(url: str) -> bool:
-    import httpx
-
-    for _ in range(PROBES):
-        try:
-            httpx.get(url, timeout=1)
-        except httpx.HTTPError:
-            time.sleep(PROBE_PAUSE_S)
-        else:
-            return True  # whatever it says: a proxy without applications answers that it has none
-    return False
+    serve.start(proxy_location="Disabled")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
@@ -22,6 +22,8 @@ from pipeline.model_info import Dtype
 # Fractions, so that a machine of two cores has room for the pool, the endpoint and a job's readers and decoders.
 REPLICA_CPUS = 0.5
 ENDPOINT_CPUS = 0.1
+
+Nodes = Literal["head", "any"]
 
 _ROUTE = re.compile(r"(/[\w.~:-]+)+")
 _HOST = re.compile(r"(\*\.)?[\w.-]+(:\d+)?")
@@ -97,7 +99,8 @@ class EndpointConfig:
     `image_url_hosts` are those from which images may be fetched for a caller: names, `*.name`, or `name:port`; none
     means that no URL is fetched. `health_route` and `predict_route` are those of a Vertex AI container. `keys` are
     lines as `tandem key` prints them; where there are some, a request needs one, and may come `rate_per_s` times with
-    it to each of the processes.
+    it to each of the processes. `replicas` are processes, which share the port where they share a node; `nodes` they
+    may be on are the head alone, or any, and on those other than the head they listen at the same port.
     """
 
     replicas: int = 1
@@ -112,12 +115,15 @@ class EndpointConfig:
     predict_route: str | None = None
     keys: tuple[str, ...] = ()
     rate_per_s: float | None = None
+    nodes: Nodes = "head"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "replicas", "max_body_bytes", "max_pixels", "max_images", "decode_threads")
         _at_least(self, 0, "cpus", "timeout_s", "rate_per_s")
         if self.rate_per_s == 0:
             raise UsageError("rate_per_s is 0; it must be more, or not be there")
+        if self.nodes not in get_args(Nodes):
+            raise UsageError(f"nodes is {self.nodes!r}; it can be {', '.join(get_args(Nodes))}")
         for line in self.keys:
             Key.parse(line)
         for name in ("health_route", "predict_route"):

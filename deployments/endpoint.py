@@ -1,4 +1,7 @@
-"""The endpoint as a Ray Serve deployment: decodes images, and asks the pool's replicas to score them."""
+"""The endpoint as a Ray Serve deployment: decodes images, and asks the pool's replicas to score them.
+
+Serve places its processes, looks after them and replaces them; they listen by themselves.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve import RunTarget
@@ -26,6 +28,7 @@ from deployments.metrics import EndpointMetrics, gather_metrics
 from deployments.pool import CONNECT_TIMEOUT_S, QUIET, Answer, Running, deploy, pool_handle, wait_running, wait_warm
 from deployments.web import access
 from deployments.web.app import build_app
+from deployments.web.listener import Listener, check_free
 from deployments.web.scoring import Image, Scored, Wanted, check_wanted, other_function, scored_as_wanted
 from pipeline.decode import decode_image, resize_pixels
 from pipeline.errors import Busy, Expired, ImageError, ModelError, PoolFailed, TandemError
@@ -33,18 +36,17 @@ from pipeline.model_info import ModelInfo
 
 APP = "tandem-http"
 DEPLOYMENT = "endpoint"
-# Above what decode threads and lanes hold at once, so that overload is answered by the lanes, with a reason.
-MAX_ONGOING_REQUESTS = 2048
+HEAD_NODE = "node:__internal_head__"  # a resource that Ray gives to the head alone
+DRAIN_S = 15.0  # beside the time that a request may take
 CALL_IMAGES = 16  # at most; those of a larger request go to several replicas
 CALLS_PER_REPLICA = 4  # at once, from this process: enough for the lane to have the next step's images
 
 
-@serve.ingress()
 class Endpoint:
-    """The `Scorer` behind the routes. It starts only once the pool is warm."""
+    """The `Scorer` behind the routes. It listens only once the pool is warm."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, model: str, config: EndpointConfig, startup_timeout_s: float, may_sleep: bool
+        self, model: str, host: str, port: int, config: EndpointConfig, startup_timeout_s: float, may_sleep: bool
     ) -> None:
         self._config, self._may_sleep = config, may_sleep
         self._metrics = EndpointMetrics()
@@ -57,9 +59,19 @@ class Endpoint:
         self._coalescer = Coalescer(self._call, max_images=CALL_IMAGES, max_calls=calls)
         # so that no user's request is the first to take this way
         await self.score([_blank_image()], Wanted(), startup_timeout_s)
+        app = build_app(self, config, observe=self._metrics.request, metrics=gather_metrics)
+        self._listener = Listener(app, host, port)
+        await self._listener.open()
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self, self._config, observe=self._metrics.request, metrics=gather_metrics)
+    async def __del__(self) -> None:
+        """Awaited by Serve before it ends the process: what has been asked is answered."""
+        if hasattr(self, "_listener"):
+            await self._listener.close()
+
+    async def check_health(self) -> None:
+        """Serve replaces an endpoint for which this raises."""
+        if not self._listener.listens:
+            raise PoolFailed("the endpoint does not listen any more")
 
     async def _connect(self, model: str) -> Running:
         """What the pool holds, once it is up. Asked for by one handle after another: see `deployments.pool.connect`."""
@@ -171,22 +183,29 @@ async def _answer(ask: Callable[[], Any]) -> Any:
                 raise PoolFailed("the pool does not answer; try again later") from error
 
 
-def serve_model(model: str, config: Config) -> ModelInfo:
-    """Brings up the pool of `model` with the endpoint in front of it, at `/`, and waits until both answer.
+def serve_model(model: str, host: str, port: int, config: Config) -> ModelInfo:
+    """Brings up the pool of `model` with the endpoint in front of it, and waits until both answer.
 
-    Raises `ModelError`, `PoolFailed`.
+    Raises `ModelError`, `PoolFailed`, and `UsageError` where another listens at that address.
     """
+    if APP not in serve.status().applications:
+        check_free(host, port)
+    where = {} if config.endpoint.nodes == "any" else {HEAD_NODE: 0.001}
     deployment = serve.deployment(
         name=DEPLOYMENT,
         num_replicas=config.endpoint.replicas,
-        ray_actor_options={"num_cpus": config.endpoint.cpus},
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": config.endpoint.cpus, "resources": where},
+        max_constructor_retry_count=3,
+        max_surge_percent=100,  # the new ones listen before the former stop
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=config.endpoint.timeout_s + DRAIN_S,
         logging_config=QUIET,
     )(Endpoint)
     # of the pool's configuration what it needs alone: Serve replaces a deployment whose arguments change
-    application = deployment.bind(model, config.endpoint, config.pool.startup_timeout_s, config.pool.replicas == 0)
-    deploy(model, config.pool)
-    serve.run_many([RunTarget(application, name=APP)], wait_for_applications_running=False)
+    pool = config.pool
+    application = deployment.bind(model, host, port, config.endpoint, pool.startup_timeout_s, pool.replicas == 0)
+    deploy(model, pool)
+    serve.run_many([RunTarget(application, name=APP, route_prefix=None)], wait_for_applications_running=False)
     try:
         info = wait_warm(model, config.pool.startup_timeout_s).info
     except TandemError:
@@ -194,3 +213,8 @@ def serve_model(model: str, config: Config) -> ModelInfo:
         raise
     wait_running(APP, config.pool.startup_timeout_s)
     return info
+
+
+def stop_serving() -> None:
+    """Ends the endpoint, once it has answered what it has been asked."""
+    serve.delete(APP)

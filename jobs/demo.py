@@ -92,14 +92,15 @@ def _ray(bar: JobBar) -> Iterator[None]:
 
 def _score(bar: JobBar, online: Online) -> dict[str, Any]:
     """Brings up pool and endpoint, then runs the job and the online requests at once."""
-    from deployments.cluster import serve_at
+    from deployments.cluster import start_serve
     from deployments.endpoint import serve_model
     from jobs.run import prepare, run_job
 
     model, config = str((FOLDER / "digits-vit").absolute()), Config()
-    url = serve_at("127.0.0.1", _free_port())
+    start_serve()
     bar.say("starting the pool and the endpoint")
-    serve_model(model, config)
+    host, port = "127.0.0.1", _free_port()
+    serve_model(model, host, port, config)
     bar.say("uploading the corpus")
     _upload()
     spec = JobSpec(
@@ -108,7 +109,7 @@ def _score(bar: JobBar, online: Online) -> dict[str, Any]:
         model=model,
         columns=Columns(carry=("cls",)),
     )
-    with online.to(url):
+    with online.to(f"http://{host}:{port}"):
         return run_job(prepare(spec), config, bar.show).to_dict()
 
 

@@ -139,21 +139,21 @@ def main() -> int:
 
 
 def _do(request: dict[str, Any]) -> dict[str, Any]:
-    from deployments.cluster import join_ray, serve_at, start_serve
+    from deployments.cluster import join_ray, start_serve
 
     config = parse_config(request["config"])
     if request["do"] == "serve":
         from deployments.endpoint import serve_model
 
         join_ray(request.get("gcs_address"))
-        url = serve_at(request["host"], request["port"])
-        info = serve_model(request["model"], config)
-        return {"url": url, "model": info.model, "revision": info.revision}
+        start_serve()
+        info = serve_model(request["model"], request["host"], request["port"], config)
+        return {"model": info.model, "revision": info.revision}
     from jobs.run import prepare, run_job
 
     job = prepare(JobSpec.from_json(request["spec"]))
     join_ray(request.get("gcs_address"))
-    start_serve(http=True)
+    start_serve()
     report = run_job(
         job,
         config,

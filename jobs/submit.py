@@ -48,7 +48,7 @@ def _run_here(screen: Screen, spec: JobSpec, config: Config, max_error_share: fl
     if job.report is not None:
         return job.report.to_dict()
     with screen.progress("starting Ray") as bar, local_ray():
-        start_serve(http=False)
+        start_serve()
         return run_job(job, config, bar.show, max_error_share=max_error_share).to_dict()
 
 

@@ -32,6 +32,7 @@ _VALUES = {
     "keys": (_KEY,),
     "device": "cuda:0",
     "dtype": "bfloat16",
+    "nodes": "any",
     "image_url_hosts": ("*.images.org", "localhost:80"),
     **_ROUTES,
 }

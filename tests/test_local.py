@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -91,6 +93,14 @@ def test_an_endpoint_and_a_job_on_the_same_machine_share_the_pool(
             "submit", str(corpus), "out", "--model", MODEL, "--wait", "--json", cwd=tmp_path, environment=state
         )
         replica = httpx.post(f"{url}/predict", content=encode(digit)[1]).headers["x-tandem-replica"]
+        port = str(httpx.URL(url).port)
+        taken = tandem("serve", "--model", MODEL, "--port", port, environment=state | {"XDG_STATE_HOME": str(tmp_path)})
+        last: list[httpx.Response] = []
+        begun = threading.Event()
+        sender = threading.Thread(target=lambda: last.append(_post_slowly(url, encode(digit)[1], begun)))
+        sender.start()
+        begun.wait()
+    sender.join()
 
     assert (good.code, good.err) == (0, "")
     assert good.json[0]["predictions"][0]["label"] == str(digit.label)
@@ -99,6 +109,9 @@ def test_an_endpoint_and_a_job_on_the_same_machine_share_the_pool(
     assert "not an image" in bad.err
     assert job.code == 0, job.err
     assert job.json["replicas"] == {replica: 1797}
+    assert (taken.code, taken.out) == (2, "")
+    assert f"--port {port}: cannot listen there: Address already in use" in taken.err
+    assert last[0].json()["predictions"][0]["label"] == str(digit.label)  # asked before SIGTERM, and sent after it
     assert not (Path(state["XDG_STATE_HOME"]) / "tandem" / "cluster.json").exists()
 
 
@@ -156,6 +169,17 @@ def _accuracy_by_transformers(some: list[Digit]) -> float:
         for best, digit in zip(logits.argmax(-1), some, strict=True)
     )
     return right / len(some)
+
+
+def _post_slowly(url: str, body: bytes, begun: threading.Event) -> httpx.Response:
+    def parts() -> Iterator[bytes]:
+        yield body[:10]
+        time.sleep(0.2)
+        begun.set()
+        time.sleep(1)
+        yield body[10:]
+
+    return httpx.post(f"{url}/predict", content=parts(), timeout=30)
 
 
 @contextmanager

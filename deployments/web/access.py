@@ -1,7 +1,7 @@
 """What is kept of each request: a line of JSON in the log, and its time among the metrics.
 
-The line has the request's id (`X-Request-ID`: Serve's proxy gives one to those that come without, and tells it in the
-answer), and the id of the trace that it is part of (`traceparent`, W3C Trace Context). It has neither images nor keys.
+The line has the request's id (`X-Request-ID`, given or new, which the answer bears), and the id of the trace that it is
+part of (`traceparent`, W3C Trace Context). It has neither images nor keys.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import json
 import logging
 import re
 import time
+import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.web.scoring import REPLICA_HEADER
 
 REQUEST_ID = "x-request-id"
-MAX_ID = 128
 CLIENT_GONE = 499  # as nginx has it
+_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 Observe = Callable[[str, int, float], None]  # protocol, status, seconds
@@ -41,11 +42,15 @@ class Access:
             await self._app(scope, receive, send)
             return
         headers, started_s = Headers(scope=scope), time.perf_counter()
+        request_id = headers.get(REQUEST_ID, "")
+        if not _ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
         answer: dict[str, Any] = {"status": CLIENT_GONE, "replica": None}
 
         async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":
-                sent = Headers(raw=message.get("headers", []))
+                sent = MutableHeaders(scope=message)
+                sent[REQUEST_ID] = request_id
                 answer.update(status=message["status"], replica=sent.get(REPLICA_HEADER))
             await send(message)
 
@@ -57,7 +62,7 @@ class Access:
             trace = _TRACE.fullmatch(headers.get("traceparent", ""))
             line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                "request_id": headers.get(REQUEST_ID, "")[:MAX_ID] or None,
+                "request_id": request_id,
                 "trace_id": trace[1] if trace else None,
                 "method": scope["method"],
                 "route": getattr(route, "path", None),
