@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(shipped("digits-vit"))
 SYSTEMS = ("tandem", "litserve", "fastapi", "ray_serve", "ray_serve_two")
 PEERS = ("litserve==0.2.19", "pyzmq==27.3.0")
-CLIENTS = (1, 8, 32, 128)
+CLIENTS = (1, 4, 8, 16, 32, 128)
 WARM_S, START_S, P99_MS = 3.0, 120.0, 100.0
 DIGIT = digits()[0]
 _, IMAGE = encode(DIGIT)

@@ -39,7 +39,8 @@ class PoolConfig:
     with changes, `max_surge_percent` of its replicas may be there twice meanwhile.
 
     `gpus` per replica; None means one where the cluster has GPUs, otherwise none. `device` is what torch calls it, or
-    "auto". `threads` of torch per replica on a CPU; None means one for each core. `max_step` is in images; None means
+    "auto". `threads` of torch per replica on a CPU; None means one for each core, but one alone for a model
+    of less than a million weights. `max_step` is in images; None means
     128 on a GPU and 32 on a CPU. `online_step_ms` bounds steps while online requests are about; None means 8 on a GPU
     and 50 on a CPU. Backlogs are in images.
     """

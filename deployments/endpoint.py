@@ -39,7 +39,7 @@ DEPLOYMENT = "endpoint"
 HEAD_NODE = "node:__internal_head__"  # a resource that Ray gives to the head alone
 DRAIN_S = 15.0  # beside the time that a request may take
 CALL_IMAGES = 16  # at most; those of a larger request go to several replicas
-CALLS_PER_REPLICA = 4  # at once, from this process: enough for the lane to have the next step's images
+CALLS_PER_REPLICA = 2  # at once, from this process: the next one is there when one ends, and others gather meanwhile
 
 
 class Endpoint:

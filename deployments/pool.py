@@ -87,8 +87,8 @@ class ModelReplica:
         from pipeline.checkpoint import find_checkpoint
         from pipeline.model import Classifier, use_threads
 
-        use_threads(config.threads)
         classifier = Classifier(find_checkpoint(model), device=config.device, dtype=config.dtype)
+        use_threads(config.threads or classifier.suitable_threads)
         kind = "cuda" if classifier.device.type == "cuda" else "cpu"
         max_step = self._max_step = config.max_step or MAX_STEP[kind]
         limits = LaneLimits(

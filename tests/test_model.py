@@ -209,6 +209,14 @@ def test_equal_scores_are_in_the_order_of_their_classes(broken: Path) -> None:
     assert scores.top_NK.tolist() == [list(range(10))]
 
 
+@pytest.mark.parametrize(("name", "threads"), [("digits", 1), ("cifar", 1), ("resnet", os.cpu_count())])
+def test_a_small_model_leaves_the_other_cores_to_others(
+    name: str, threads: int, request: pytest.FixtureRequest
+) -> None:
+    folder = shipped("digits-vit") if name == "digits" else request.getfixturevalue(name)
+    assert Classifier(find_checkpoint(str(folder))).suitable_threads == threads
+
+
 def test_details_are_the_logits_and_what_the_last_layer_makes_them_of(checkpoint: Path) -> None:
     classifier = _classifier(checkpoint)
     pixels_NHWC = _pixels(classifier, _images(checkpoint))[:3]
