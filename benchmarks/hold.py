@@ -1,0 +1,161 @@
+"""Whether the endpoint holds: most of what it can take, for long, from good clients among bad ones.
+
+    python benchmarks/hold.py                # 35 minutes: writes results
+    python benchmarks/hold.py --minutes 2    # to see that it runs
+
+First, closed loops of 32 clients tell how many requests/s the endpoint of this machine takes. Then images come at 90 %
+of that, at random (a Poisson process, whatever the answers do), one in twenty of them broken, beside clients that send
+half a head, half a body, or hang up before their answer. Told: every status, latency by minute from the time at which
+a request was due, and the memory of the endpoint and of the replica.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections import Counter, defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script
+
+from benchmarks.online import IMAGE, crowd, family, request_of, serving
+from benchmarks.results import percentile, write_results
+
+CLIENTS, WARM_S, CAPACITY_S = 32, 5.0, 20.0
+SHARE, BAD_SHARE = 0.9, 0.05
+BAD_CLIENTS_EVERY_S = 2.0
+MEMORY_EVERY_S = 30.0
+CONNECTIONS = 64
+
+
+class Load:
+    """What is sent, and what came back."""
+
+    def __init__(self, port: int, server: int, seconds: float) -> None:
+        self._port, self._server = port, server
+        self._ends_s = time.perf_counter() + seconds
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._started_s = time.perf_counter()
+        self.good: Counter[str] = Counter()
+        self.bad: Counter[str] = Counter()
+        self.latencies_ms: defaultdict[int, list[float]] = defaultdict(list)
+        self.memory_mb: list[dict[str, float]] = []
+
+    async def run(self, per_s: float) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._bad_clients())
+            group.create_task(self._watch_memory())
+            due_s = time.perf_counter()
+            while (due_s := due_s + random.expovariate(per_s)) < self._ends_s:
+                await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+                group.create_task(self._request(due_s))
+        for _, writer in self._idle:
+            writer.close()
+
+    async def _request(self, due_s: float) -> None:
+        bad = random.random() < BAD_SHARE
+        body = IMAGE[: random.randrange(1, len(IMAGE) // 2)] if bad else IMAGE
+        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        try:
+            status = await self._answer(head.encode() + body)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            status = type(error).__name__
+        (self.bad if bad else self.good)[status] += 1
+        if not bad:
+            minute = int((due_s - self._started_s) // 60)
+            self.latencies_ms[minute].append((time.perf_counter() - due_s) * 1e3)
+
+    async def _answer(self, request: bytes) -> str:
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
+        writer.write(request)
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+        if len(self._idle) < CONNECTIONS and b"connection: close" not in head:
+            self._idle.append((reader, writer))
+        else:
+            writer.close()
+        return head.split()[1].decode()
+
+    async def _bad_clients(self) -> None:
+        request = request_of("tandem")
+        parts = [request[:30], request[: -len(IMAGE) // 2], request]
+        async with asyncio.TaskGroup() as group:
+            while time.perf_counter() < self._ends_s:
+                for part, stays_s in zip(parts, (60.0, 60.0, 0.005), strict=True):
+                    group.create_task(self._bad_client(part, stays_s))
+                await asyncio.sleep(BAD_CLIENTS_EVERY_S)
+
+    async def _bad_client(self, part: bytes, stays_s: float) -> None:
+        """Sends a part, and waits until it is thrown out or has had enough."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        writer.write(part)
+        with suppress(TimeoutError, OSError):
+            async with asyncio.timeout(stays_s):
+                await reader.read()
+        writer.close()
+
+    async def _watch_memory(self) -> None:
+        while time.perf_counter() < self._ends_s:
+            self.memory_mb.append({name: rss_mb(pid) for name, pid in actors(self._server).items()})
+            await asyncio.sleep(MEMORY_EVERY_S)
+
+
+def actors(server: int) -> dict[str, int]:
+    """The processes of the endpoint and of the pool's replica."""
+    found = {}
+    for pid in family(server):
+        title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+        if title.startswith("ray::ServeReplica:"):
+            found["endpoint" if ":tandem-http:" in title else "replica"] = pid
+    return found
+
+
+def rss_mb(pid: int) -> float:
+    """Its resident memory."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return round(int(status.partition("VmRSS:")[2].split()[0]) / 1024, 1)
+
+
+def capacity_per_s(port: int) -> float:
+    """Requests/s of closed loops."""
+    request = request_of("tandem")
+    asyncio.run(crowd(port, request, CLIENTS, WARM_S))
+    latencies_ms, took_s = asyncio.run(crowd(port, request, CLIENTS, CAPACITY_S))
+    return len(latencies_ms) / took_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30.0)
+    options = parser.parse_args()
+    with serving("tandem", sys.executable) as (port, server):
+        capacity = capacity_per_s(port)
+        load = Load(port, server, options.minutes * 60)
+        asyncio.run(load.run(SHARE * capacity))
+    print(json.dumps(told := summary(capacity, load), indent=1))
+    write_results("hold", {"minutes": options.minutes, **told})
+
+
+def summary(capacity: float, load: Load) -> dict[str, Any]:
+    """What there is to tell of it."""
+    everything = [one for some in load.latencies_ms.values() for one in some]
+    return {
+        "capacity_per_s": round(capacity, 1),
+        "sent_per_s": round(SHARE * capacity, 1),
+        "good": dict(load.good),
+        "bad": dict(load.bad),
+        "p50_ms": percentile(everything, 0.5),
+        "p99_ms": percentile(everything, 0.99),
+        "p99_ms_by_minute": [percentile(some, 0.99) for _, some in sorted(load.latencies_ms.items())],
+        "memory_mb": load.memory_mb,
+    }
+
+
+if __name__ == "__main__":
+    main()
