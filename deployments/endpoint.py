@@ -26,6 +26,7 @@ from deployments.coalescing import Coalescer
 from deployments.config import Config, EndpointConfig
 from deployments.metrics import EndpointMetrics, gather_metrics
 from deployments.pool import CONNECT_TIMEOUT_S, QUIET, Answer, Running, deploy, pool_handle, wait_running, wait_warm
+from deployments.status import Recent, Status
 from deployments.web import access
 from deployments.web.app import build_app
 from deployments.web.listener import Listener, check_free
@@ -37,6 +38,7 @@ from pipeline.model_info import ModelInfo
 APP = "tandem-http"
 DEPLOYMENT = "endpoint"
 HEAD_NODE = "node:__internal_head__"  # a resource that Ray gives to the head alone
+STATUS_TIMEOUT_S = 2.0
 DRAIN_S = 15.0  # beside the time that a request may take
 CALL_IMAGES = 16  # at most; those of a larger request go to several replicas
 CALLS_PER_REPLICA = 2  # at once, from this process: the next one is there when one ends, and others gather meanwhile
@@ -49,7 +51,7 @@ class Endpoint:
         self, model: str, host: str, port: int, config: EndpointConfig, startup_timeout_s: float, may_sleep: bool
     ) -> None:
         self._config, self._may_sleep = config, may_sleep
-        self._metrics = EndpointMetrics()
+        self._metrics, self._recent = EndpointMetrics(), Recent()
         _log_access()
         self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="tandem-decode")
         async with asyncio.timeout(startup_timeout_s):
@@ -59,7 +61,8 @@ class Endpoint:
         self._coalescer = Coalescer(self._call, max_images=CALL_IMAGES, max_calls=calls)
         # so that no user's request is the first to take this way
         await self.score([_blank_image()], Wanted(), startup_timeout_s)
-        app = build_app(self, config, observe=self._metrics.request, metrics=gather_metrics)
+        status = Status(self._info, self._recent, self._replicas)
+        app = build_app(self, config, observe=self._metrics.request, metrics=gather_metrics, status=status)
         self._listener = Listener(app, host, port)
         await self._listener.open()
 
@@ -98,12 +101,16 @@ class Endpoint:
     async def score(self, images: Sequence[Image], wanted: Wanted, within_s: float) -> list[Scored | ImageError]:
         """See `Scorer`."""
         check_wanted(wanted, self._info)
-        ends_s = asyncio.get_running_loop().time() + within_s
+        started_s = asyncio.get_running_loop().time()
+        ends_s = started_s + within_s
         if len(images) == 1:
-            return [await self._score(images[0], wanted, ends_s)]
-        async with _together() as group:
-            tasks = [group.create_task(self._score(image, wanted, ends_s)) for image in images]
-        return [task.result() for task in tasks]
+            scored = [await self._score(images[0], wanted, ends_s)]
+        else:
+            async with _together() as group:
+                tasks = [group.create_task(self._score(image, wanted, ends_s)) for image in images]
+            scored = [task.result() for task in tasks]
+        self._recent.add(asyncio.get_running_loop().time() - started_s)
+        return scored
 
     async def _score(self, image: Image, wanted: Wanted, ends_s: float) -> Scored | ImageError:
         decoded = await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, image)
@@ -123,6 +130,14 @@ class Endpoint:
         if isinstance(answer, Answer):
             return answer
         raise answer
+
+    async def _replicas(self) -> list[dict[str, Any]]:
+        """The statistics of the replicas that answer soon."""
+        with suppress(TimeoutError, RayError, RayServeException):
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                answers = await self._pool.broadcast("stats").results_async(return_exceptions=True)
+                return [answer for answer in answers if isinstance(answer, dict)]
+        return []
 
     def _decode(self, image: Image) -> np.ndarray | ImageError:
         transform, max_pixels = self._info.transform, self._config.max_pixels

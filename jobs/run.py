@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 from ray.exceptions import RayError, RayTaskError
 
+from deployments.board import posted
 from deployments.config import Config, PoolConfig
 from deployments.pool import Running, attach, bring_up, take_down
 from jobs.commit import commit_shard
@@ -124,8 +125,18 @@ def run_job(
     if job.report is not None:
         return job.report
     give_way()
+    with posted(output=job.store.url, model=job.spec.model) as post:
+
+        def tell(progress: Progress) -> None:
+            on_progress(progress)
+            post(progress.to_dict())
+
+        return _run_job(job, config, tell, max_error_share)
+
+
+def _run_job(job: Prepared, config: Config, tell: OnProgress, max_error_share: float | None) -> Report:
     started = time.monotonic()
-    on_progress(Progress(phase="pool", shards=len(job.shards)))
+    tell(Progress(phase="pool", shards=len(job.shards)))
     with Lease(job.store, job.names) as lease:
         if lease.waited:
             job = prepare(job.spec)
@@ -138,7 +149,7 @@ def run_job(
                 lease.check()  # a pool takes its time to come up
                 write_plan(job.store, plan)
             check_same_model(plan, pool.info, job.spec.output)
-            run = _Run(plan, job.store, lease, Ledger(plan.shards, job.names), on_progress)
+            run = _Run(plan, job.store, lease, Ledger(plan.shards, job.names), tell)
             run.score(pool, max_error_share)
             return run.finish(time.monotonic() - started)
 

@@ -1,4 +1,4 @@
-"""The commands of docs/endpoint.md, run as they stand, beside a real model and without Ray."""
+"""The commands of the endpoint's documentation, run as they stand, beside a real model and without Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.cluster import clean_environment
 from tests.local_scorer import LocalScorer
 from tests.servers import served
 
-PAGE = (Path(__file__).parent.parent / "docs" / "endpoint.md").read_text()
+PAGE = (Path(__file__).parent.parent / "deployments" / "web" / "page" / "docs.md").read_text()
 COMMANDS = [
     line.removeprefix("$ ")
     for block in re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)

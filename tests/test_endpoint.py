@@ -18,12 +18,15 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 from huggingface_hub import InferenceClient
+from playwright.sync_api import expect
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
 from deployments.endpoint import _answer
-from jobs.corpus import digits, encode
+from jobs.corpus import digits, encode, write_shards
 from pipeline.errors import PoolFailed
+from tests.browser import chromium
 from tests.cluster import OPEN, Cluster, clean_environment
+from tests.command import submitting
 
 
 class Call:
@@ -144,6 +147,26 @@ def _until(found: Callable[[], Any]) -> Any:
         assert time.monotonic() < deadline
         time.sleep(0.5)
     return what
+
+
+def test_the_page_shows_the_pool_and_how_far_a_job_is(address: str, endpoint: str, tmp_path: Path) -> None:
+    for part in "abc":
+        write_shards(tmp_path / "digits" / part)
+    target = str(tmp_path / "out")
+    seven = encode(next(digit for digit in digits() if digit.label == 7))[1]
+    with chromium() as browser, submitting(address, str(tmp_path / "digits"), target) as job:
+        page = browser.new_page()
+        page.goto(endpoint)
+        expect(page.locator("#rows tr")).to_have_count(1)
+        page.locator("#files").set_input_files({"name": "seven.png", "mimeType": "image/png", "buffer": seven})
+        expect(page.locator("#results ol li span").first).to_have_text("7")
+        expect(page.get_by_role("progressbar", name=f"Progress of {target}")).to_be_visible(timeout=60_000)
+        scores = re.compile(r"scores: \d+ of 30 shards, [1-9][\d,]* images")
+        expect(page.locator("#list")).to_contain_text(scores, timeout=60_000)
+        assert job.wait(timeout=120) == 0
+        expect(page.get_by_text("None runs.")).to_be_visible()
+        requests = page.locator("#p50_ms").inner_text()
+    assert requests.endswith(" ms")
 
 
 def test_a_client_that_hangs_up_is_not_scored(shared_cluster: Cluster, endpoint: str) -> None:

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 
 from deployments.config import EndpointConfig
-from deployments.web import containers, huggingface, links, oip, own, tensorflow
+from deployments.web import containers, huggingface, links, oip, own, page, tensorflow
 from deployments.web.access import Access, Observe
 from deployments.web.fetch import Fetcher
 from deployments.web.gate import Gate, document_keys
@@ -27,11 +27,12 @@ def build_app(
     fetcher: Fetcher | None = None,
     observe: Observe = lambda protocol, status, seconds: None,
     metrics: Callable[[], Awaitable[str]] | None = None,
+    status: page.Status | None = None,
 ) -> FastAPI:
     """The application.
 
     Without a fetcher of its own it has the one that the configuration describes. `observe` is told of each answer, and
-    `metrics` gives what Prometheus comes for.
+    `metrics` gives what Prometheus comes for, and `status` what the page shows of the pool.
     """
     app = FastAPI(
         title="Tandem",
@@ -48,6 +49,7 @@ def build_app(
     for protocol in (own, huggingface, oip, tensorflow, containers):
         app.include_router(protocol.routes(service))
     app.include_router(links.routes(service, fetcher))
+    app.include_router(page.routes(service, status))
     if metrics:
         _add_metrics(app, metrics)
     answer_the_rest(app)

@@ -13,10 +13,12 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
 from deployments.web.keys import Key, Keys, Scope
+from deployments.web.page import PARTS
 from deployments.web.problems import Problem, documented, problem_json
 
-OPEN = {"/", "/healthz", "/readyz", "/ping", "/openapi.json", "/v2/health/live", "/v2/health/ready"}  # to GET
-ADMIN = {"/metrics"}
+PAGE = {"/", "/docs", *(f"/{name}" for name in PARTS)}
+OPEN = PAGE | {"/healthz", "/readyz", "/ping", "/openapi.json", "/v2/health/live", "/v2/health/ready"}  # to GET
+ADMIN = {"/metrics", "/status"}
 
 
 class Gate:
