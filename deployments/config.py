@@ -26,6 +26,7 @@ ENDPOINT_CPUS = 0.1
 Nodes = Literal["head", "any"]
 
 _ROUTE = re.compile(r"(/[\w.~:-]+)+")
+_URL = re.compile(r"https?://[^\s/]+(/\S*)?")
 _HOST = re.compile(r"(\*\.)?[\w.-]+(:\d+)?")
 
 
@@ -101,7 +102,8 @@ class EndpointConfig:
     means that no URL is fetched. `health_route` and `predict_route` are those of a Vertex AI container. `keys` are
     lines as `tandem key` prints them; where there are some, a request needs one, and may come `rate_per_s` times with
     it to each of the processes. `replicas` are processes, which share the port where they share a node; `nodes` they
-    may be on are the head alone, or any, and on those other than the head they listen at the same port.
+    may be on are the head alone, or any, and on those other than the head they listen at the same port. `traces_to` is
+    the URL of an OpenTelemetry collector.
     """
 
     replicas: int = 1
@@ -117,6 +119,7 @@ class EndpointConfig:
     keys: tuple[str, ...] = ()
     rate_per_s: float | None = None
     nodes: Nodes = "head"
+    traces_to: str | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "replicas", "max_body_bytes", "max_pixels", "max_images", "decode_threads")
@@ -125,6 +128,8 @@ class EndpointConfig:
             raise UsageError("rate_per_s is 0; it must be more, or not be there")
         if self.nodes not in get_args(Nodes):
             raise UsageError(f"nodes is {self.nodes!r}; it can be {', '.join(get_args(Nodes))}")
+        if self.traces_to is not None and not _URL.fullmatch(self.traces_to):
+            raise UsageError(f"traces_to is {self.traces_to!r}; it must be a collector's URL, such as http://host:4318")
         for line in self.keys:
             Key.parse(line)
         for name in ("health_route", "predict_route"):

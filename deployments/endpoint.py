@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+from opentelemetry.trace import NoOpTracer
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve import RunTarget
@@ -27,6 +28,7 @@ from deployments.config import Config, EndpointConfig
 from deployments.metrics import EndpointMetrics, gather_metrics
 from deployments.pool import CONNECT_TIMEOUT_S, QUIET, Answer, Running, deploy, pool_handle, wait_running, wait_warm
 from deployments.status import Recent, Status
+from deployments.traces import check_traces, traces_to
 from deployments.web import access
 from deployments.web.app import build_app
 from deployments.web.listener import Listener, check_free
@@ -52,6 +54,8 @@ class Endpoint:
     ) -> None:
         self._config, self._may_sleep = config, may_sleep
         self._metrics, self._recent = EndpointMetrics(), Recent()
+        self._traces = traces_to(config.traces_to) if config.traces_to else None
+        self._tracer = self._traces.get_tracer("tandem") if self._traces else NoOpTracer()
         _log_access()
         self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="tandem-decode")
         async with asyncio.timeout(startup_timeout_s):
@@ -62,7 +66,9 @@ class Endpoint:
         # so that no user's request is the first to take this way
         await self.score([_blank_image()], Wanted(), startup_timeout_s)
         status = Status(self._info, self._recent, self._replicas)
-        app = build_app(self, config, observe=self._metrics.request, metrics=gather_metrics, status=status)
+        app = build_app(
+            self, config, observe=self._metrics.request, metrics=gather_metrics, status=status, tracer=self._tracer
+        )
         self._listener = Listener(app, host, port)
         await self._listener.open()
 
@@ -70,6 +76,8 @@ class Endpoint:
         """Awaited by Serve before it ends the process: what has been asked is answered."""
         if hasattr(self, "_listener"):
             await self._listener.close()
+        if self._traces:
+            await asyncio.to_thread(self._traces.shutdown)  # sends what it has
 
     async def check_health(self) -> None:
         """Serve replaces an endpoint for which this raises."""
@@ -113,12 +121,15 @@ class Endpoint:
         return scored
 
     async def _score(self, image: Image, wanted: Wanted, ends_s: float) -> Scored | ImageError:
-        decoded = await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, image)
+        with self._tracer.start_as_current_span("decode"):
+            decoded = await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, image)
         if isinstance(decoded, ImageError):
             return decoded
         top_k = min(wanted.top_k, len(self._info.labels))
         details = wanted.embedding or other_function(wanted, self._info)
-        scores, replica = await self._coalescer.score(decoded, top_k, details, ends_s)
+        with self._tracer.start_as_current_span("score") as span:
+            scores, replica = await self._coalescer.score(decoded, top_k, details, ends_s)
+            span.set_attribute("tandem.replica", replica)
         (scored,) = scored_as_wanted(scores, self._info, wanted, replica)
         return scored
 
@@ -201,8 +212,10 @@ async def _answer(ask: Callable[[], Any]) -> Any:
 def serve_model(model: str, host: str, port: int, config: Config) -> ModelInfo:
     """Brings up the pool of `model` with the endpoint in front of it, and waits until both answer.
 
-    Raises `ModelError`, `PoolFailed`, and `UsageError` where another listens at that address.
+    Raises `ModelError`, `PoolFailed`, and `UsageError` where another listens at that address, or traces cannot be sent.
     """
+    if config.endpoint.traces_to:
+        check_traces()
     if APP not in serve.status().applications:
         check_free(host, port)
     where = {} if config.endpoint.nodes == "any" else {HEAD_NODE: 0.001}

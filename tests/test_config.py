@@ -33,6 +33,7 @@ _VALUES = {
     "device": "cuda:0",
     "dtype": "bfloat16",
     "nodes": "any",
+    "traces_to": "http://collector:4318",
     "image_url_hosts": ("*.images.org", "localhost:80"),
     **_ROUTES,
 }

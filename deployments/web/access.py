@@ -15,6 +15,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from opentelemetry.propagate import extract
+from opentelemetry.trace import Span, SpanKind, Tracer, format_trace_id
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,14 +35,19 @@ log = logging.getLogger("tandem.access")
 class Access:
     """ASGI middleware around all others."""
 
-    def __init__(self, app: ASGIApp, observe: Observe) -> None:
-        self._app, self._observe = app, observe
+    def __init__(self, app: ASGIApp, observe: Observe, tracer: Tracer) -> None:
+        self._app, self._observe, self._tracer = app, observe, tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        parent = extract({"traceparent": Headers(scope=scope).get("traceparent", "")})
+        with self._tracer.start_as_current_span(scope["method"], parent, SpanKind.SERVER) as span:
+            await self._request(scope, receive, send, span)
+
+    async def _request(self, scope: Scope, receive: Receive, send: Send, span: Span) -> None:
         headers, started_s = Headers(scope=scope), time.perf_counter()
         request_id = headers.get(REQUEST_ID, "")
         if not _ID.fullmatch(request_id):
@@ -59,13 +66,17 @@ class Access:
         finally:
             took_s, route = time.perf_counter() - started_s, scope.get("route")
             self._observe(_protocol(route), answer["status"], took_s)
-            trace = _TRACE.fullmatch(headers.get("traceparent", ""))
+            path = getattr(route, "path", None)
+            if span.is_recording():
+                span.update_name(f"{scope['method']} {path}" if path else scope["method"])
+                told = {"http.request.method": scope["method"], "http.response.status_code": answer["status"]}
+                span.set_attributes(told | ({"http.route": path} if path else {}))
             line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "request_id": request_id,
-                "trace_id": trace[1] if trace else None,
+                "trace_id": _trace_id(span, headers),
                 "method": scope["method"],
-                "route": getattr(route, "path", None),
+                "route": path,
                 "status": answer["status"],
                 "ms": round(took_s * 1e3, 2),
                 "bytes": headers.get("content-length"),
@@ -73,6 +84,14 @@ class Access:
                 "replica": answer["replica"],
             }
             log.info(json.dumps({name: value for name, value in line.items() if value is not None}))
+
+
+def _trace_id(span: Span, headers: Headers) -> str | None:
+    """That of the span, which is its client's where it told one; without traces, what the client told."""
+    if span.is_recording():
+        return format_trace_id(span.get_span_context().trace_id)
+    told = _TRACE.fullmatch(headers.get("traceparent", ""))
+    return told[1] if told else None
 
 
 def _protocol(route: Any) -> str:

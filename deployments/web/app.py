@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
+from opentelemetry.trace import NoOpTracer, Tracer
 
 from deployments.config import EndpointConfig
 from deployments.web import containers, huggingface, links, oip, own, page, tensorflow
@@ -28,11 +29,13 @@ def build_app(
     observe: Observe = lambda protocol, status, seconds: None,
     metrics: Callable[[], Awaitable[str]] | None = None,
     status: page.Status | None = None,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """The application.
 
     Without a fetcher of its own it has the one that the configuration describes. `observe` is told of each answer, and
-    `metrics` gives what Prometheus comes for, and `status` what the page shows of the pool.
+    `metrics` gives what Prometheus comes for, and `status` what the page shows of the pool. With a
+    `tracer`, each request is a span.
     """
     app = FastAPI(
         title="Tandem",
@@ -57,7 +60,7 @@ def build_app(
     app.add_middleware(Gate, keys=keys, open_routes=probes)
     if keys:
         document_keys(app, probes)
-    app.add_middleware(Access, observe=observe)  # the last one is the outermost
+    app.add_middleware(Access, observe=observe, tracer=tracer or NoOpTracer())  # the last one is the outermost
     return app
 
 
