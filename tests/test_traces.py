@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from opentelemetry.proto.common.v1.common_pb2 import KeyValue
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, Span
 
 from deployments.config import EndpointConfig, parse_config
 from deployments.traces import check_traces, traces_to
@@ -50,10 +51,13 @@ def _spans(came: list[tuple[str, bytes]]) -> list[Span]:
         assert path == "/v1/traces"
         requests.append(ExportTraceServiceRequest.FromString(body))
     resources = [resource for request in requests for resource in request.resource_spans]
-    assert {
-        one.value.string_value for r in resources for one in r.resource.attributes if one.key == "service.name"
-    } == {"tandem"}
+    names = {one.value.string_value for one in _attributes(resources) if one.key == "service.name"}
+    assert names == {"tandem"}
     return [span for resource in resources for scope in resource.scope_spans for span in scope.spans]
+
+
+def _attributes(resources: list[ResourceSpans]) -> list[KeyValue]:
+    return [one for resource in resources for one in resource.resource.attributes]
 
 
 def test_a_request_is_a_span_of_its_clients_trace() -> None:
@@ -79,6 +83,7 @@ def test_a_collector_that_is_away_costs_no_request() -> None:
     started_s = time.monotonic()
     assert ask(app, "POST", "/predict", content=b"cat").status_code == 200
     assert time.monotonic() - started_s < 5
+    traces.shutdown()
 
 
 def test_the_log_tells_of_the_trace(caplog: pytest.LogCaptureFixture) -> None:
