@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,8 @@ def own_ray() -> None:
     # Ray starts a worker at priority 0 and lowers it to 15 once it is up: on few cores each new worker of a job would
     # stop the replicas for half a second. With all at 0 they share, and a job's workers give way by themselves.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray starts jobs with the `python` that it finds, which is this one only where its environment is activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # Ray would write a token file into the user's home, and so change how every later Ray of this user starts.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token":

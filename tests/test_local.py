@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -189,7 +190,7 @@ def _serving(state: dict[str, str]) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(
         [str(BIN / "tandem"), "serve", "--model", MODEL, "--port", str(port)],
-        env=clean_environment(state),
+        env={**clean_environment(state), "PATH": os.defpath},  # as without an activated environment
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -37,7 +37,7 @@ class Pool:
         self.polls += 1
         lane = {"scored": 100 * self.polls, "backlog": 3}
         return {
-            "model": "digits-vit",
+            "model": "/models/digits-vit",
             "revision": "r",
             "replicas": [{"replica": "abc123", "busy_s": 0.5 * self.polls, "online": lane, "batch": lane}],
             "requests": {"per_s": 2.5, "p50_ms": 12.3, "p99_ms": None},
@@ -171,7 +171,7 @@ def test_the_pool_is_shown_as_it_is(page: Page, pool: Pool) -> None:
     expect(page.locator("#numbers")).to_have_text(
         re.compile(r"Replicas\s*1\s*Requests/s\s*2.5\s*p50\s*12.3 ms\s*p99\s*\u2013")
     )
-    expect(page.get_by_text("digits-vit")).to_be_visible()
+    expect(page.get_by_text("digits-vit", exact=True)).to_be_visible()
     expect(page.get_by_text("None runs.")).to_be_visible()
 
 

@@ -121,7 +121,9 @@ function trouble(text, wantsKey = false) {
 
 function showStatus(status) {
   trouble("");
-  byId("model").textContent = status.model;
+  // of a folder the last part, since the rest is long and says little
+  byId("model").textContent = status.model.startsWith("/") ? status.model.split("/").pop() : status.model;
+  byId("model").title = `${status.model} (${status.revision})`;
   byId("replicas").textContent = status.replicas.length;
   byId("per_s").textContent = status.requests.per_s;
   for (const name of ["p50_ms", "p99_ms"]) {
