@@ -71,7 +71,7 @@ class Coalescer:
     def _send(self) -> None:
         self._due = False
         while len(self._calls) < self._max_calls and (items := self._next()):
-            # in a context of its own: in that of a request, Serve would end the call with the request
+            # in a context of its own: it is of several requests, and what one has there, its trace, is not all theirs
             task = asyncio.create_task(self._carry(items), context=Context())
             self._calls.add(task)
             task.add_done_callback(self._ended)
