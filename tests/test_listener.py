@@ -267,6 +267,22 @@ def test_a_process_follows_another_on_its_port_without_an_error(app: Application
     assert not failures
 
 
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_bodies_of_any_size_are_taken_however_they_come(parts: int) -> None:
+    with (
+        served(build_app(Pool(), EndpointConfig())) as url,
+        socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0)) as raw,
+    ):
+        for size in (1, 1000, MAX_HEAD_BYTES - 100, MAX_HEAD_BYTES, 3 * MAX_HEAD_BYTES, 20 * MAX_HEAD_BYTES):
+            head = f"POST /predict HTTP/1.1\r\nHost: tandem\r\nContent-Length: {size}\r\n\r\n".encode()
+            request = head + b"x" * size
+            step = -(-len(request) // parts)
+            for start in range(0, len(request), step):
+                raw.sendall(request[start : start + step])
+                time.sleep(0.02)
+            assert _read(raw, b"}]}").startswith(b"HTTP/1.1 200"), size
+
+
 def test_the_endpoint_speaks_through_it() -> None:
     with served(build_app(Pool(), EndpointConfig())) as url:
         answer = httpx.post(f"{url}/predict", content=b"cat")

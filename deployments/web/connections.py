@@ -57,11 +57,10 @@ class Connection(HttpToolsProtocol):
         """See `asyncio.Protocol`."""
         if self._in_head:
             self._await_head()
+            self._head_bytes += len(data)  # it is 0 again once the head has ended
         super().data_received(data)
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self._refuse(_TOO_LONG)
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(_TOO_LONG)
 
     def on_message_begin(self) -> None:
         """See `httptools.HttpRequestParser`."""
