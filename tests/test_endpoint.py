@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Generator
@@ -26,7 +27,7 @@ from jobs.corpus import digits, encode, write_shards
 from pipeline.errors import PoolFailed
 from tests.browser import chromium
 from tests.cluster import OPEN, Cluster, clean_environment
-from tests.command import submitting
+from tests.command import MODEL, submitting, tandem
 
 
 class Call:
@@ -167,6 +168,38 @@ def test_the_page_shows_the_pool_and_how_far_a_job_is(address: str, endpoint: st
         expect(page.get_by_text("None runs.")).to_be_visible()
         requests = page.locator("#p50_ms").inner_text()
     assert requests.endswith(" ms")
+
+
+def test_an_endpoint_is_replaced_under_requests_without_an_error(address: str, endpoint: str, tmp_path: Path) -> None:
+    """Here, and not only at its listener: the new process must listen before Serve ends the former."""
+    config = tmp_path / "changed.yaml"
+    config.write_text("endpoint:\n  max_images: 63\n")
+    many = [("image", b"bad")] * 64
+    _, file = encode(digits()[0])
+    replaced, failures = threading.Event(), []
+
+    def ask() -> None:
+        with httpx.Client(base_url=endpoint, timeout=60) as client:
+            while not replaced.is_set():
+                try:
+                    client.post("/predict", content=file).raise_for_status()
+                except httpx.HTTPError as error:
+                    failures.append(error)
+
+    assert httpx.post(f"{endpoint}/predict", files=many).status_code == 200
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        port = str(httpx.URL(endpoint).port)
+        served = tandem("serve", "--model", MODEL, "--port", port, "--config", str(config), "--address", address)
+        _until(lambda: httpx.post(f"{endpoint}/predict", files=many).status_code == 413)
+    finally:
+        replaced.set()
+        for thread in threads:
+            thread.join()
+    assert served.code == 0, served.err
+    assert failures == []
 
 
 def test_a_client_that_hangs_up_is_not_scored(shared_cluster: Cluster, endpoint: str) -> None:
