@@ -109,7 +109,8 @@ class Endpoint:
     async def score(self, images: Sequence[Image], wanted: Wanted, within_s: float) -> list[Scored | ImageError]:
         """See `Scorer`."""
         check_wanted(wanted, self._info)
-        started_s = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
         ends_s = started_s + within_s
         if len(images) == 1:
             scored = [await self._score(images[0], wanted, ends_s)]
@@ -117,7 +118,7 @@ class Endpoint:
             async with _together() as group:
                 tasks = [group.create_task(self._score(image, wanted, ends_s)) for image in images]
             scored = [task.result() for task in tasks]
-        self._recent.add(asyncio.get_running_loop().time() - started_s)
+        self._recent.add(loop.time() - started_s)
         return scored
 
     async def _score(self, image: Image, wanted: Wanted, ends_s: float) -> Scored | ImageError:

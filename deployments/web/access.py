@@ -43,12 +43,13 @@ class Access:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        parent = extract({"traceparent": Headers(scope=scope).get("traceparent", "")})
+        headers = Headers(scope=scope)
+        parent = extract({"traceparent": headers.get("traceparent", "")})
         with self._tracer.start_as_current_span(scope["method"], parent, SpanKind.SERVER) as span:
-            await self._request(scope, receive, send, span)
+            await self._request(scope, receive, send, headers, span)
 
-    async def _request(self, scope: Scope, receive: Receive, send: Send, span: Span) -> None:
-        headers, started_s = Headers(scope=scope), time.perf_counter()
+    async def _request(self, scope: Scope, receive: Receive, send: Send, headers: Headers, span: Span) -> None:
+        started_s = time.perf_counter()
         request_id = headers.get(REQUEST_ID, "")
         if not _ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
