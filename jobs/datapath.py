@@ -47,6 +47,8 @@ SHARDS_AT_ONCE = 2000
 CONNECT_WITHIN_S = 60.0
 CRASHES_TAKEN = 3  # of a task's worker, before its images are what is suspected
 
+PIXELS = "pixels"
+
 _READ = pa.schema(
     [
         ("shard", pa.int32()),
@@ -59,7 +61,7 @@ _READ = pa.schema(
 )
 _DECODED = pa.schema(
     [*(field for field in _READ if field.name != "images"), ("bytes", pa.int64()), ("decode_s", pa.float64()),
-     ("pixels", pa.large_binary())]
+     (PIXELS, pa.large_binary())]
 )  # fmt: skip
 
 
@@ -230,7 +232,7 @@ def _chunks(path: DataPath, shard: Shard) -> Iterator[Chunk]:
     except ENDS_SHARD as error:
         yield failed_shard(shard.name, error, path.carried)
     else:
-        yield from chunks(reader, shard.name, path.limits)
+        yield from chunks(reader, shard.name, path.limits.steady() if shard.number else path.limits)
 
 
 def _check_carried(found: pa.Schema, planned: pa.Schema, shard_name: str) -> None:
@@ -244,7 +246,7 @@ def _decode(transform: ImageTransform, table: pa.Table) -> pa.Table:
     give_way()
     started = time.perf_counter()
     (row,) = table.drop_columns("images").to_pylist()
-    encoded = table["images"].combine_chunks().flatten()
+    encoded = _only(table["images"]).flatten()
     images = (image.as_py() for image in encoded)
     decoded = decode_isolated(list(images), transform) if _suspect() else decode_each(images, transform)
     pixels_NHWC, errors = _pixels(decoded, len(encoded), transform)
@@ -253,9 +255,21 @@ def _decode(transform: ImageTransform, table: pa.Table) -> pa.Table:
     row |= {
         "bytes": sum(image.as_buffer().size for image in encoded),
         "decode_s": time.perf_counter() - started,
-        "pixels": pixels_NHWC.tobytes(),
     }
-    return pa.Table.from_pylist([row], schema=_DECODED)
+    decoded = pa.Table.from_pylist([row], schema=pa.schema([field for field in _DECODED if field.name != PIXELS]))
+    return decoded.append_column(PIXELS, _binary_of(pixels_NHWC))
+
+
+def _only(column: pa.ChunkedArray) -> pa.Array:
+    """The one value of a column of a chunk's row, as an array: where it lies, without a copy."""
+    (part,) = (part for part in column.chunks if len(part))
+    return part
+
+
+def _binary_of(pixels_NHWC: np.ndarray) -> pa.Array:
+    """One binary value, which is the array's memory."""
+    buffers = [None, pa.array([0, pixels_NHWC.nbytes], pa.int64()).buffers()[1], pa.py_buffer(pixels_NHWC)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers)
 
 
 def _pixels(
@@ -288,9 +302,9 @@ class _Caller:
         self._path, self._score_chunk = path, partial(score_chunk, pool)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        (row,) = table.drop_columns("pixels").to_pylist()
+        (row,) = table.drop_columns(PIXELS).to_pylist()
         height, width = self._path.transform.height, self._path.transform.width
-        pixels = np.frombuffer(table["pixels"].combine_chunks()[0].as_buffer(), np.uint8)
+        pixels = np.frombuffer(_only(table[PIXELS])[0].as_buffer(), np.uint8)
         scores, replica, score_s = self._score(pixels.reshape(-1, height, width, 3))
         started = time.perf_counter()
         rows = scored(from_ipc(row["rows"]), self._path.labels, scores.top_NK, scores.scores_NK)

@@ -53,6 +53,7 @@ class JobSpec:
         content: dict[str, Any] = json.loads(text)
         columns, limits = content.pop("columns"), content.pop("limits")
         columns["carry"] = tuple(columns["carry"])
+        limits.setdefault("first", limits["images"])  # in a plan of before there was such a limit, it did not hold
         return cls(**content, columns=Columns(**columns), limits=ChunkLimits(**limits))
 
 

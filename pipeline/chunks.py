@@ -11,7 +11,7 @@ which the plan records.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
@@ -19,6 +19,7 @@ from pipeline.errors import Changed, NotFound, ShardError, TandemError
 from pipeline.inputs import Reader, Sample
 
 IMAGES_PER_CHUNK = 256
+FIRST_IMAGES = 32
 BYTES_PER_CHUNK = 32 << 20  # of encoded images
 
 # What is the end of one shard, and not of a job: it was damaged, replaced or deleted.
@@ -38,10 +39,22 @@ RESERVED = frozenset(("key", "shard", "row", "label", "score", "labels", "scores
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkLimits:
-    """A chunk ends at so many images, or when its encoded images pass so many bytes."""
+    """A chunk ends at so many images, or when its encoded images pass so many bytes.
+
+    The first one ends at `first` images, the next at twice as many, and so on up to `images`: a model is at work soon.
+    """
 
     images: int = IMAGES_PER_CHUNK
     bytes: int = BYTES_PER_CHUNK
+    first: int = FIRST_IMAGES
+
+    def steady(self) -> ChunkLimits:
+        """Those of shards that come when a model is at work already."""
+        return replace(self, first=self.images)
+
+    def images_of(self, index: int) -> int:
+        """The images at which the `index`-th chunk ends."""
+        return min(self.images, self.first << min(index, 32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +76,7 @@ def chunks(reader: Reader, shard_name: str, limits: ChunkLimits) -> Iterator[Chu
     index, held = 0, _Held()
     try:
         for sample in reader:
-            if held.full(limits):
+            if len(held.keys) >= limits.images_of(index) or held.bytes >= limits.bytes:
                 yield held.chunk(schema, index, last=False)
                 index, held = index + 1, _Held()
             held.add(sample)
@@ -118,9 +131,6 @@ class _Held:
     carried: list[pa.RecordBatch | None] = field(default_factory=list)
     images: list[bytes] = field(default_factory=list)
     bytes: int = 0
-
-    def full(self, limits: ChunkLimits) -> bool:
-        return len(self.keys) >= limits.images or self.bytes >= limits.bytes
 
     def add(self, sample: Sample) -> None:
         self.keys.append(sample.key)

@@ -76,7 +76,7 @@ def rows(found: Sequence[Chunk]) -> list[dict[str, Any]]:
 
 
 _sizes = st.lists(st.none() | st.integers(0, 60), max_size=60)
-_limits = st.builds(lambda images, size: ChunkLimits(images=images, bytes=size), st.integers(1, 9), st.integers(1, 200))
+_limits = st.builds(ChunkLimits, images=st.integers(1, 9), bytes=st.integers(1, 200), first=st.integers(1, 9))
 
 
 @given(sizes=_sizes, limits=_limits, broken=st.booleans())
@@ -114,11 +114,19 @@ def test_chunks_keep_to_their_limits_and_the_last_says_so(
         assert all(
             image == bytes([row["row"] % 256]) * len(image) for image, row in zip(chunk.images, good, strict=True)
         )
-        assert sum(row["row"] is not None for row in chunk.rows.to_pylist()) <= limits.images
+        assert sum(row["row"] is not None for row in chunk.rows.to_pylist()) <= limits.images_of(chunk.index)
         assert sum(map(len, chunk.images[:-1])) < limits.bytes
         assert chunk.rows.schema == rows_schema(CARRIED)
     for chunk in found[:-1]:
-        assert len(chunk.rows) == limits.images or sum(map(len, chunk.images)) >= limits.bytes
+        assert len(chunk.rows) == limits.images_of(chunk.index) or sum(map(len, chunk.images)) >= limits.bytes
+
+
+def test_the_first_chunks_are_small_and_those_of_further_shards_are_not() -> None:
+    limits = ChunkLimits(images=20, first=4)
+    first = chunks(ListReader(samples([1] * 70)), "shard", limits)
+    further = chunks(ListReader(samples([1] * 70)), "shard", limits.steady())
+    assert [len(chunk.rows) for chunk in first] == [4, 8, 16, 20, 20, 2]
+    assert [len(chunk.rows) for chunk in further] == [20, 20, 20, 10]
 
 
 @given(sizes=_sizes, limits=_limits)

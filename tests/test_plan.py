@@ -282,6 +282,13 @@ def test_other_limits_of_chunks_do_not_keep_a_job_from_going_on() -> None:
     assert plan.spec.limits == _SPEC.limits
 
 
+def test_a_plan_from_before_first_chunks_were_small_keeps_its_chunks() -> None:
+    content = json.loads(_SPEC.to_json())
+    del content["limits"]["first"]
+    limits = JobSpec.from_json(json.dumps(content)).limits
+    assert [limits.images_of(index) for index in range(3)] == [_SPEC.limits.images] * 3
+
+
 def _parquet(path: Path, **columns: pa.Array) -> None:
     pq.write_table(pa.table({"image": pa.array([b""], pa.binary()), **columns}), path)
 
