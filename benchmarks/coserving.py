@@ -152,7 +152,8 @@ def pools(setting: Setting, name: str, *, fifo: bool) -> Iterator[list[Any]]:
                 max_online_backlog=config.max_online_backlog,
             )
             times = StepTimes(MAX_STEP, {n: setting.stretch * step_ms(n) for n in (1, MAX_STEP)})
-            self._info = SimpleNamespace(scores_as="simulated")  # type: ignore[assignment]
+            self._running: Any = SimpleNamespace(info=SimpleNamespace(scores_as="simulated"))
+            self._classifier: Any = SimpleNamespace(check=lambda: None)
             self._dispatcher = Dispatcher(Accelerator(setting.stretch), limits, times)
 
         async def score_online(

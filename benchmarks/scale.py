@@ -120,7 +120,7 @@ def deploy_stub() -> None:
             self._info = Classifier(find_checkpoint(MODEL)).info
 
         def describe(self) -> Any:
-            return Running(self._info, PoolConfig())
+            return Running(self._info, PoolConfig(), {})
 
         async def score_batch(self, nested: dict[str, Any], images: int, top_k: int) -> Any:
             count = len(await nested["chunk"])

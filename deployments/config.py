@@ -40,10 +40,10 @@ class PoolConfig:
     with changes, `max_surge_percent` of its replicas may be there twice meanwhile.
 
     `gpus` per replica; None means one where the cluster has GPUs, otherwise none. `device` is what torch calls it, or
-    "auto". `threads` of torch per replica on a CPU; None means one for each core, but one alone for a model
-    of less than a million weights. `max_step` is in images; None means
-    128 on a GPU and 32 on a CPU. `online_step_ms` bounds steps while online requests are about; None means 8 on a GPU
-    and 50 on a CPU. Backlogs are in images.
+    "auto". `threads` of torch per replica on a CPU; None means one for each core, but one alone for a model of less
+    than a million weights. `compile` has torch compile the model as the replica starts, and `cuda_graphs` has steps on
+    a GPU replayed as graphs. `max_step` is in images; None means 128 on a GPU and 32 on a CPU. `online_step_ms` bounds
+    steps while online requests are about; None means 8 on a GPU and 50 on a CPU. Backlogs are in images.
     """
 
     replicas: int = 1
@@ -58,6 +58,8 @@ class PoolConfig:
     device: str = "auto"
     dtype: Dtype = "float32"
     threads: int | None = None
+    compile: bool = False
+    cuda_graphs: bool = True
     max_step: int | None = None
     online_step_ms: float | None = None
     max_online_backlog: int = LaneLimits.max_online_backlog
@@ -249,8 +251,8 @@ def _known(content: Any, kind: type, where: str) -> Mapping[str, Any]:
 def _fits(value: Any, kind: str) -> bool:
     if value is None:
         return kind.endswith("| None")
-    if isinstance(value, bool):
-        return False
+    if isinstance(value, bool) or kind == "bool":
+        return isinstance(value, bool) and kind == "bool"
     if kind.startswith("tuple"):
         return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
     if "float" in kind:

@@ -210,7 +210,7 @@ async def _answer(ask: Callable[[], Any]) -> Any:
                 raise PoolFailed("the pool does not answer; try again later") from error
 
 
-def serve_model(model: str, host: str, port: int, config: Config) -> ModelInfo:
+def serve_model(model: str, host: str, port: int, config: Config) -> Running:
     """Brings up the pool of `model` with the endpoint in front of it, and waits until both answer.
 
     Raises `ModelError`, `PoolFailed`, and `UsageError` where another listens at that address, or traces cannot be sent.
@@ -236,12 +236,12 @@ def serve_model(model: str, host: str, port: int, config: Config) -> ModelInfo:
     deploy(model, pool)
     serve.run_many([RunTarget(application, name=APP, route_prefix=None)], wait_for_applications_running=False)
     try:
-        info = wait_warm(model, config.pool.startup_timeout_s).info
+        running = wait_warm(model, config.pool.startup_timeout_s)
     except TandemError:
         serve.delete(APP)
         raise
     wait_running(APP, config.pool.startup_timeout_s)
-    return info
+    return running
 
 
 def stop_serving() -> None:

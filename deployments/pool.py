@@ -31,15 +31,13 @@ from deployments.config import PoolConfig
 from deployments.metrics import ReplicaMetrics
 from pipeline.dispatcher import Dispatcher, Scores
 from pipeline.errors import Busy, Expired, ModelError, PoolFailed
-from pipeline.lanes import Lane, LaneLimits
+from pipeline.lanes import Lane
 from pipeline.model_info import ModelInfo
 from pipeline.steps import StepTimes
 
 DEPLOYMENT = "pool"
 QUIET = LoggingConfig(enable_access_log=False)  # Serve's line for each call costs more than it tells
 ROUTER, POLICY = "deployments.routing.LaneRouter", "deployments.autoscaling.LanePolicy"  # Serve imports them
-MAX_STEP = {"cuda": 128, "cpu": 32}
-ONLINE_STEP_MS = {"cuda": 8.0, "cpu": 50.0}
 # Serve counts both lanes' calls together and makes callers of a full replica wait with back-off, so this must never
 # be what is full: the lanes have bounds of their own.
 MAX_ONGOING_REQUESTS = 10_000
@@ -60,10 +58,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Running:
-    """A pool that answers: the model that it holds, and how it runs."""
+    """A pool that answers: the model that it holds, how it runs, and what its replicas chose (`Choices.told`)."""
 
     info: ModelInfo
     config: PoolConfig
+    chosen: dict[str, str]
 
 
 class ModelReplica:
@@ -71,7 +70,6 @@ class ModelReplica:
 
     async def __init__(self, model: str, config: PoolConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self.replica = serve.get_replica_context().replica_id.unique_id
-        self._config = config
         self._problem: ModelError | None = None
         self._told_s, self._told_busy_s = time.monotonic(), dict.fromkeys(Lane, 0.0)
         try:
@@ -84,30 +82,30 @@ class ModelReplica:
         self._telling = asyncio.create_task(ReplicaMetrics(self._dispatcher).tell())
 
     def _load(self, model: str, config: PoolConfig) -> None:
+        from deployments.choices import Choices  # here, as it brings torch, which who calls the pool does without
         from pipeline.checkpoint import find_checkpoint
-        from pipeline.model import Classifier, use_threads
+        from pipeline.model import Classifier
 
-        classifier = Classifier(find_checkpoint(model), device=config.device, dtype=config.dtype)
-        use_threads(config.threads or classifier.suitable_threads)
-        kind = "cuda" if classifier.device.type == "cuda" else "cpu"
-        max_step = self._max_step = config.max_step or MAX_STEP[kind]
-        limits = LaneLimits(
-            max_step=max_step,
-            online_step_ms=ONLINE_STEP_MS[kind] if config.online_step_ms is None else config.online_step_ms,
-            max_online_backlog=config.max_online_backlog,
-            max_batch_backlog=config.max_batch_backlog,
+        classifier = Classifier(
+            find_checkpoint(model), device=config.device, dtype=config.dtype, compile=config.compile
         )
-        times = StepTimes(max_step, classifier.warm({1, max_step}))
-        self._info, self._dispatcher = classifier.info, Dispatcher(classifier, limits, times)
+        choices = Choices(config, classifier)
+        classifier.use_threads(choices.threads)
+        self._max_step = choices.limits.max_step
+        times = StepTimes(self._max_step, classifier.warm(self._max_step, graphs=config.cuda_graphs))
+        self._classifier, self._running = classifier, Running(classifier.info, config, choices.told)
+        self._dispatcher = Dispatcher(classifier, choices.limits, times)
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
         if self._problem is None and self._loop.done():
             raise PoolFailed(f"the dispatcher of replica {self.replica} ended")
+        if self._problem is None:
+            self._classifier.check()
 
     async def describe(self) -> Running | ModelError:
         """What this replica holds, or why it holds nothing."""
-        return self._problem or Running(self._info, self._config)
+        return self._problem or self._running
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve, and read by `deployments.autoscaling`: the load since the last call."""
@@ -131,7 +129,7 @@ class ModelReplica:
             scores = await self._dispatcher.submit(Lane.ONLINE, images_NHWC, top_k, within_s=within_s, details=details)
         except (Busy, Expired) as error:
             return error  # an answer, not an accident: raised, Serve would log a stack trace for each
-        return Answer(scores, self.replica, self._info.scores_as)
+        return Answer(scores, self.replica, self._running.info.scores_as)
 
     async def score_batch(self, nested: dict[str, ray.ObjectRef[np.ndarray]], images: int, top_k: int) -> Answer | Busy:
         """Scores the uint8 images [N, H, W, 3] under `chunk` when online leaves room. `images` is N.
@@ -145,7 +143,7 @@ class ModelReplica:
             scores = await self._dispatcher.submit(Lane.BATCH, images_NHWC, top_k)
         except Busy as busy:
             return busy
-        return Answer(scores, self.replica, self._info.scores_as)
+        return Answer(scores, self.replica, self._running.info.scores_as)
 
     async def stats(self) -> dict[str, Any]:
         """This replica's id, the seconds that its model was busy, and for each lane the images scored and waiting."""

@@ -147,8 +147,8 @@ def _do(request: dict[str, Any]) -> dict[str, Any]:
 
         join_ray(request.get("gcs_address"))
         start_serve()
-        info = serve_model(request["model"], request["host"], request["port"], config)
-        return {"model": info.model, "revision": info.revision}
+        running = serve_model(request["model"], request["host"], request["port"], config)
+        return {"model": running.info.model, "revision": running.info.revision, "chosen": running.chosen}
     from jobs.run import prepare, run_job
 
     job = prepare(JobSpec.from_json(request["spec"]))

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -52,7 +52,10 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A finished job. Images, errors and seconds are those of this run; `resumed` shards were committed before it."""
+    """A finished job. Images, errors and seconds are those of this run; `resumed` shards were committed before it.
+
+    `pool` is how the pool ran, by the names of its configuration, each with why.
+    """
 
     output: str
     model: str
@@ -66,6 +69,7 @@ class Report:
     images_per_s: float
     replicas: dict[str, int]
     stage_seconds: dict[str, float]
+    pool: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -151,7 +155,7 @@ def _run_job(job: Prepared, config: Config, tell: OnProgress, max_error_share: f
             check_same_model(plan, pool.info, job.spec.output)
             run = _Run(plan, job.store, lease, Ledger(plan.shards, job.names), tell)
             run.score(pool, max_error_share)
-            return run.finish(time.monotonic() - started)
+            return run.finish(time.monotonic() - started, pool)
 
 
 def _foreign(store: Store) -> list[str]:
@@ -222,7 +226,7 @@ class _Run:
         if missing := len(self._plan.shards) - self._ledger.done:
             raise JobError(f"{missing} shards are not complete; submit the job again to go on with it")
 
-    def finish(self, seconds: float) -> Report:
+    def finish(self, seconds: float, pool: Running) -> Report:
         """Writes `_SUCCESS`, which is what marks a finished job, and tells what was done."""
         self._lease.check()
         self._empty_stage()
@@ -240,6 +244,7 @@ class _Run:
             images_per_s=round(self._tally.images / elapsed_s, 1),
             replicas=dict(self._tally.replicas),
             stage_seconds={stage: round(spent, 3) for stage, spent in self._tally.stage_seconds.items()},
+            pool=pool.chosen,
         )
         self._tell("done")
         self._store.write(JobPaths.SUCCESS, json.dumps(report.to_dict(), indent=2).encode())

@@ -39,6 +39,10 @@ class Screen:
         if not self.as_json:
             self.console.print(text)
 
+    def say_choices(self, chosen: dict[str, str]) -> None:
+        """Prints how the pool runs, in a line."""
+        self.say("pool: " + "; ".join(f"{name} {value}" for name, value in chosen.items()))
+
     def note(self, text: str) -> None:
         """Prints a line on standard error."""
         self.notes.print(text)

@@ -23,11 +23,12 @@ def serve_here(screen: Screen, model: str, host: str, port: int, config: Config)
         from deployments.endpoint import serve_model, stop_serving
 
         start_serve()
-        info, url = serve_model(model, host, port, config), url_of(host, port)
+        running, url = serve_model(model, host, port, config), url_of(host, port)
         for number in (signal.SIGINT, signal.SIGTERM):  # only now: `local_ray` sets its own as it starts
             signal.signal(number, lambda *_: stop.set())
         with announce(dashboard):
-            screen.say(f"{info.model} ({info.revision}) answers at {url}")
+            screen.say(f"{running.info.model} ({running.info.revision}) answers at {url}")
+            screen.say_choices(running.chosen)
             screen.say(f"  tandem score IMAGE --url {url}")
             screen.say(f"  curl --data-binary @IMAGE {url}/predict")
             screen.say("  tandem submit INPUT OUTPUT --model ... --wait   runs on the same actors")
@@ -45,6 +46,7 @@ def serve_there(screen: Screen, model: str, host: str, port: int, config: Config
         result = follow(cluster.events(cluster.start(serve_request(model, host, port, config))), lambda progress: None)
     where = "the cluster's head node" if config.endpoint.nodes == "head" else "each node that has an endpoint process"
     screen.say(f"{result['model']} ({result['revision']}) answers at {url_of(host, port)} on {where}")
+    screen.say_choices(result["chosen"])
 
 
 def url_of(host: str, port: int) -> str:

@@ -63,4 +63,5 @@ def _show(screen: Screen, report: dict[str, Any]) -> None:
     )
     if report["resumed"]:
         screen.say(f"{report['resumed']:,} shards stood already")
+    screen.say_choices(report["pool"])
     screen.say(f"output: {report['output']}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 import PIL
 import torch
 import transformers
-from torch.nn import functional
 
 from pipeline.checkpoint import Checkpoint
+from pipeline.core_steps import CoreSteps
+from pipeline.device_steps import DeviceSteps, Outputs, scores_of
 from pipeline.dispatcher import Scores
 from pipeline.errors import ModelError
 from pipeline.model_info import Dtype, Function, ModelInfo
@@ -33,8 +35,13 @@ class Classifier:
     image-classification pipeline. Raises `ModelError` for a checkpoint or a device that cannot be used.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str = "auto", dtype: Dtype = "float32") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, device: str = "auto", dtype: Dtype = "float32", compile: bool = False
+    ) -> None:
         self.device = _device(device)
+        self._steps: DeviceSteps | None = None
+        self._here = threading.local()  # what a hook leaves for the call that it is part of
+        self._cores = CoreSteps(1)
         processor, self._network = _load(checkpoint, getattr(torch, dtype))
         self._network.to(self.device).eval()
         config = self._network.config
@@ -53,11 +60,14 @@ class Classifier:
             embedding_size=None if head is None else head.in_features,
             # Pillow too: its resize has changed bits between releases
             versions={
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),  # it is of torch's own type, and who unpickles that loads torch
                 "transformers": transformers.__version__,
                 "pillow": PIL.__version__,
             },
         )
+        if compile:
+            # one program for steps of any size: one for each would take minutes
+            self._network = torch.compile(self._network, dynamic=True)
         table = torch.from_numpy(self.info.transform.lookup_table()).to(self.device)
         self._table = table.flatten().to(self._network.dtype)
         self._channel_offsets = torch.arange(3, dtype=torch.int32, device=self.device) * table.shape[1]
@@ -68,57 +78,68 @@ class Classifier:
         weights = sum(weight.numel() for weight in self._network.parameters())
         return 1 if weights < MIN_WEIGHTS_FOR_THREADS else os.cpu_count() or 1
 
+    def use_threads(self, threads: int) -> None:
+        """Has the model run on so many CPU threads."""
+        self._cores = CoreSteps(threads)
+
     def launch(self, images: Sequence[np.ndarray], top_k: int, *, details: bool) -> Callable[[], Scores]:
         """See `pipeline.dispatcher.Model`."""
+        if self._steps:
+            return self._steps.launch(images, top_k, details=details)
         images_NHWC = np.concatenate(images)
-        return lambda: self.score(images_NHWC, top_k, details=details)
+        return lambda: self._cores.score(images_NHWC, partial(self.score, top_k=top_k, details=details))
 
     def score(self, images_NHWC: np.ndarray, top_k: int, *, details: bool = False) -> Scores:
         """The `top_k` best classes (at most as many as there are) of uint8 images [N, H, W, 3]."""
         with torch.inference_mode():
-            logits_NC = self.logits(torch.from_numpy(images_NHWC))
-            # topk promises no order among equal scores, and saturated ones are often equal
-            best = torch.sort(self._to_scores(logits_NC), dim=-1, descending=True, stable=True)
-            return Scores(
-                best.indices[:, :top_k].to("cpu", torch.int32).numpy(),
-                best.values[:, :top_k].cpu().numpy(),
-                logits_NC.cpu().numpy() if details else None,
-                self._embeddings_ND.float().cpu().numpy() if details and self.info.embedding_size else None,
-            )
+            outputs = self.forward(torch.from_numpy(images_NHWC).to(self.device))
+            return scores_of([one.cpu() for one in outputs.wanted(len(images_NHWC), top_k, details=details)])
+
+    def forward(self, images_NHWC: torch.Tensor) -> Outputs:
+        """All that a step of uint8 images [N, H, W, 3] on the model's device gives, still there."""
+        logits_NC = self.logits(images_NHWC)
+        # topk promises no order among equal scores, and saturated ones are often equal
+        best = torch.sort(self._to_scores(logits_NC), dim=-1, descending=True, stable=True)
+        embeddings_ND = self._here.embeddings_ND.float() if self.info.embedding_size else None
+        return Outputs(best.indices, best.values, logits_NC, embeddings_ND)
 
     def _keep_embeddings(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        (self._embeddings_ND,) = inputs
+        (self._here.embeddings_ND,) = inputs
 
     def logits(self, images_NHWC: torch.Tensor) -> torch.Tensor:
-        """float32 logits [N, classes] of uint8 images [N, H, W, 3]."""
-        indices = images_NHWC.to(self.device, non_blocking=True).to(torch.int32) + self._channel_offsets
+        """float32 logits [N, classes] of uint8 images [N, H, W, 3] on the model's device."""
+        indices = images_NHWC.to(torch.int32) + self._channel_offsets
         # A table of the 256 values of each channel gives the very floats that the checkpoint's processor computes.
-        pixels_NHWC = functional.embedding(indices, self._table[:, None]).squeeze(-1)
+        pixels_NHWC = torch.index_select(self._table, 0, indices.flatten()).view(indices.shape)
         logits: torch.Tensor = self._network(pixel_values=pixels_NHWC.permute(0, 3, 1, 2)).logits
         return logits.float()
 
-    def warm(self, steps: Iterable[int]) -> dict[int, float]:
-        """Runs steps of these sizes, so that no request pays for allocation and kernel choice. Gives the ms of each.
+    def warm(self, max_step: int, *, graphs: bool = True) -> dict[int, float]:
+        """Makes ready for steps of at most so many images, so that no request pays for allocation and kernel choice.
 
-        Raises `ModelError` where the model does not run, for want of memory or on images of its processor's size.
+        On a GPU, with `graphs`, steps are CUDA graphs from here on. Gives the ms of steps of one image and of the
+        most. Raises `ModelError` where the model does not run, for want of memory or on images of its processor's size.
         """
-        found = {}
-        for images in steps:
-            shape = (images, self.info.transform.height, self.info.transform.width, 3)
-            try:
-                self.score(np.zeros(shape, np.uint8), 1)
+        height, width = self.info.transform.height, self.info.transform.width
+        images, found = max_step, dict[int, float]()
+        try:
+            if self.device.type == "cuda":
+                self._steps = DeviceSteps(self.forward, max_step, (height, width, 3), self.device, graphs=graphs)
+            for images in (max_step, 1):
+                pixels_NHWC = np.zeros((images, height, width, 3), np.uint8)
+                self.launch([pixels_NHWC], 1, details=False)()
                 started = time.perf_counter()
-                self.score(np.zeros(shape, np.uint8), 1)
+                self.launch([pixels_NHWC], 1, details=False)()
                 found[images] = (time.perf_counter() - started) * 1e3
-            except Exception as error:  # of whatever kind: transformers promises none
-                told = f"a step of {images} images of {shape[2]} x {shape[1]} pixels on {self.device}"
-                raise ModelError(f"{self.info.model} fails on {told}: {_reason(error)}") from error
+        except Exception as error:  # of whatever kind: transformers promises none
+            told = f"a step of {images} images of {width} x {height} pixels on {self.device}"
+            raise ModelError(f"{self.info.model} fails on {told}: {_reason(error)}") from error
         return found
 
-
-def use_threads(threads: int) -> None:
-    """Has the models of this process run on so many CPU threads."""
-    torch.set_num_threads(threads)
+    def check(self) -> None:
+        """Raises `RuntimeError` where the device is lost, as it is after an illegal access: nothing will run on it."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).query()
 
 
 def _device(name: str) -> torch.device:

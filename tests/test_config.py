@@ -34,6 +34,8 @@ _VALUES = {
     "dtype": "bfloat16",
     "nodes": "any",
     "traces_to": "http://collector:4318",
+    "compile": True,
+    "cuda_graphs": False,
     "image_url_hosts": ("*.images.org", "localhost:80"),
     **_ROUTES,
 }
@@ -152,6 +154,14 @@ def test_what_is_no_mapping_is_refused(content: Any) -> None:
         parse_config(content)
     with pytest.raises(UsageError, match="pool must be a mapping"):
         parse_config({"pool": content})
+
+
+def test_what_is_on_or_off_is_yes_or_no() -> None:
+    pool = parse_config({"pool": {"compile": True, "cuda_graphs": False}}).pool
+    assert (pool.compile, pool.cuda_graphs) == (True, False)
+    for value in (1, "yes", None):
+        with pytest.raises(UsageError, match=r"^pool\.compile is .*; it must be bool$"):
+            parse_config({"pool": {"compile": value}})
 
 
 @pytest.mark.parametrize("text", ["", "# only a remark\n", "pool:\nendpoint:\n", "{}", "pool: {}"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -252,6 +253,20 @@ def test_a_batch_gives_what_its_images_give_alone(cifar: Path) -> None:
         np.testing.assert_allclose(together.scores_NK[row], alone.scores_NK[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_step_that_cores_share_gives_what_one_core_gives(threads: int, cifar: Path) -> None:
+    alone, shared = _classifier(cifar), _classifier(cifar)
+    shared.use_threads(threads)
+    images_NHWC = _pixels(alone, _images(cifar))
+    for count in (1, 2, 3, 4, 7, len(images_NHWC)):
+        expected = alone.score(images_NHWC[:count], 3, details=True)
+        found = shared.launch([images_NHWC[:1], images_NHWC[1:count]], 3, details=True)()
+        assert found.top_NK.tolist() == expected.top_NK.tolist()
+        np.testing.assert_allclose(found.scores_NK, expected.scores_NK, atol=1e-5)
+        np.testing.assert_allclose(found.logits_NC, expected.logits_NC, atol=1e-4)  # type: ignore[arg-type]
+        np.testing.assert_allclose(found.embeddings_ND, expected.embeddings_ND, atol=1e-4)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_lower_precision_runs_and_agrees_within_it(dtype: Dtype) -> None:
     folder = shipped("digits-vit")
@@ -271,10 +286,18 @@ def test_a_model_tells_what_it_is(cifar: Path) -> None:
     assert info.versions.keys() == {"torch", "transformers", "pillow"}
 
 
+def test_what_a_model_tells_is_read_without_loading_torch(cifar: Path) -> None:
+    read = "import pickle, sys; pickle.load(sys.stdin.buffer); print('torch' in sys.modules)"
+    told = subprocess.run(
+        [sys.executable, "-c", read], input=pickle.dumps(_classifier(cifar).info), capture_output=True, check=True
+    )
+    assert told.stdout.strip() == b"False"
+
+
 def test_a_model_that_fails_on_its_own_images_is_refused_when_warmed(broken: Path) -> None:
     _edit(broken / "preprocessor_config.json", size={"height": 48, "width": 48})
     with pytest.raises(ModelError, match="fails on a step of 2 images of 48 x 48 pixels on cpu: ") as caught:
-        _classifier(broken).warm((2,))
+        _classifier(broken).warm(2)
     assert "\n" not in str(caught.value)
 
 
