@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak lint wheel clean
+.PHONY: demo test soak lint bench bench-batch bench-online bench-coserving bench-jobs bench-gpu wheel clean
 
 demo: .venv/.installed
 	$(BIN)/tandem demo
@@ -17,6 +17,30 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every figure that the README and docs/ quote, some three hours on 2 cores; bench-gpu where there is a GPU.
+bench: bench-batch bench-online bench-coserving bench-jobs
+
+bench-batch: .venv/.installed-dev
+	$(BIN)/python benchmarks/batch.py --s3
+
+bench-online: .venv/.installed-dev
+	$(BIN)/python benchmarks/online.py
+	$(BIN)/python benchmarks/hold.py
+
+bench-coserving: .venv/.installed-dev
+	$(BIN)/python benchmarks/scheduler.py
+	$(BIN)/python benchmarks/coserving.py
+
+bench-jobs: .venv/.installed-dev
+	$(BIN)/python benchmarks/scale.py --folder /dev/shm --shards 2000 --images 100
+	$(BIN)/python benchmarks/scale.py --folder /dev/shm --shards 20000 --images 100
+	$(BIN)/python benchmarks/scale.py --folder /dev/shm --shards 100000 --no-data
+	$(BIN)/python benchmarks/listing.py --shards 100000
+	$(BIN)/python benchmarks/resume.py
+
+bench-gpu: .venv/.installed-dev
+	$(BIN)/python benchmarks/gpu.py
 
 wheel: .venv/.installed-dev
 	$(BIN)/pip wheel -q --no-deps --wheel-dir dist .

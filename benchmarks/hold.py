@@ -24,7 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script
 
-from benchmarks.online import IMAGE, crowd, family, request_of, serving
+from benchmarks.online import IMAGE, crowd, request_of, serving
+from benchmarks.processes import family
 from benchmarks.results import percentile, write_results
 
 CLIENTS, WARM_S, CAPACITY_S = 32, 5.0, 20.0

@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script
 
+from benchmarks.processes import cpu_s, stop
 from benchmarks.results import percentile, write_results
 from jobs.corpus import digits, encode
 from jobs.models import shipped
@@ -95,26 +95,6 @@ def serving(system: str, peers: str) -> Iterator[tuple[int, int]]:
                 yield port, process.pid
             finally:
                 stop(process)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the server and all that it started."""
-    tree = [*family(process.pid)]
-    process.send_signal(signal.SIGINT)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(30)
-    for pid in tree:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def family(pid: int) -> Iterator[int]:
-    """The process, and all that it and they started."""
-    yield pid
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            for child in task.read_text().split():
-                yield from family(int(child))
 
 
 def request_of(system: str) -> bytes:
@@ -188,16 +168,6 @@ async def crowd(port: int, request: bytes, clients: int, seconds: float) -> tupl
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return latencies_ms, time.perf_counter() - started_s
-
-
-def cpu_s(server: int) -> float:
-    """What the server and all its processes have used."""
-    ticks = 0
-    for pid in family(server):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:

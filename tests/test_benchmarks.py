@@ -1,0 +1,38 @@
+"""The benchmarks that no machine of CI can run in full: that they run, and count right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.batch import compared, summary
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_what_an_image_costs_is_what_the_further_ones_cost() -> None:
+    def told(seconds: float, cpu_s: float) -> dict[str, float]:
+        return {"seconds": seconds, "cpu_s": cpu_s, "startup_s": 2.0}
+
+    rounds = [{"few": told(5.0, 1.0), "many": told(15.0 + late, 3.0)} for late in (0.0, 10.0, 0.0)]
+    found = summary(rounds, 100, 600)
+    assert (found["images_per_s"], found["range"]) == (50.0, [25.0, 50.0])
+    assert (found["cpu_ms_per_image"], found["startup_s"], found["whole_s"]) == (4.0, 2.0, 15.0)
+
+
+def test_answers_that_differ_are_told() -> None:
+    reference = {"a.jpg": ("cat", 0.5), "b.jpg": ("dog", 0.25)}
+    found = {"a.jpg": ("cat", 0.75), "b.jpg": ("cow", 0.25)}
+    assert compared(found, reference) == "1 of 2 labels as the loop's, scores within 0.2"
+
+
+def test_the_benchmark_of_a_gpu_runs_without_one() -> None:
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--small", "--dtype", "float32"]
+    limits = ["--engines", "eager", "graphs", "--seconds", "0.1", "--tar-images", "0"]
+    done = subprocess.run([*command, *limits], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert {"model_eager", "model_graphs", "decode_threads", "decode_processes", "from_memory"} <= told.keys()
+    assert all(rate > 0 for rate in told["model_graphs"].values())
