@@ -18,7 +18,7 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every figure that the README and docs/ quote, some three hours on 2 cores; bench-gpu where there is a GPU.
+# Every figure that the README and docs/ quote, hours on 2 cores; bench-gpu where there is a GPU.
 bench: bench-batch bench-online bench-coserving bench-jobs
 
 bench-batch: .venv/.installed-dev

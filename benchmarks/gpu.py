@@ -10,11 +10,9 @@ give the scores of plain ones before they are timed.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import sys
-import tarfile
 import tempfile
 import time
 from collections import deque
@@ -36,6 +34,7 @@ from pipeline.decode import decode_image
 from pipeline.dispatcher import Scores
 from pipeline.model import Classifier
 from pipeline.transform import ImageTransform
+from tests.corpora import tar_of
 
 CORES = os.cpu_count() or 1
 ENGINES = {
@@ -90,7 +89,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     if options.device == "cuda":
         tell("decode_gpu", decoded_on_gpu(files, transform, options.seconds))
     tell("from_memory", from_memory(classifiers[options.engines[-1]], files, sizes[-1], options.seconds))
-    del classifiers
+    del classifiers, one  # the job has its own model
     if options.tar_images:
         tell("from_tars", from_tars(folder, str(model), files, options))
     return found
@@ -220,7 +219,11 @@ def from_tars(folder: Path, model: str, files: list[bytes], options: argparse.Na
     from jobs.run import prepare, run_job
     from jobs.spec import JobSpec
 
-    write_tars(folder / "tars", files, options.tar_images)
+    (folder / "tars").mkdir()
+    for start in range(0, options.tar_images, PER_TAR):
+        numbers = range(start, min(options.tar_images, start + PER_TAR))
+        members = {f"{number:08}.jpg": files[number % len(files)] for number in numbers}
+        (folder / "tars" / f"{start:08}.tar").write_bytes(tar_of(members))
     config = Config(pool=PoolConfig(dtype=options.dtype, device=options.device))
     with local_ray():
         start_serve()
@@ -228,17 +231,6 @@ def from_tars(folder: Path, model: str, files: list[bytes], options: argparse.Na
         job = prepare(JobSpec(input=str(folder / "tars"), output=str(folder / "out"), model=model))
         report = run_job(job, config).to_dict()
     return {name: report[name] for name in ("images", "images_per_s", "seconds", "stage_seconds")}
-
-
-def write_tars(folder: Path, files: list[bytes], count: int) -> None:
-    folder.mkdir()
-    for number in range(0, count, PER_TAR):
-        with tarfile.open(folder / f"{number:08}.tar", "w") as archive:
-            for index in range(number, min(count, number + PER_TAR)):
-                data = files[index % len(files)]
-                member = tarfile.TarInfo(f"{index:08}.jpg")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
 
 
 if __name__ == "__main__":

@@ -98,10 +98,11 @@ class ModelReplica:
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
-        if self._problem is None and self._loop.done():
+        if self._problem:
+            return
+        if self._loop.done():
             raise PoolFailed(f"the dispatcher of replica {self.replica} ended")
-        if self._problem is None:
-            self._classifier.check()
+        self._classifier.check()
 
     async def describe(self) -> Running | ModelError:
         """What this replica holds, or why it holds nothing."""
