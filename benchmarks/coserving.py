@@ -44,13 +44,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script, and uses what the tests do
 
+from benchmarks.accelerator import MAX_STEP, Accelerator, step_ms
 from benchmarks.results import percentile, write_results
 from deployments.cluster import local_ray, own_ray, start_serve
 from pipeline.dispatcher import Dispatcher, Scores
 from pipeline.lanes import Lane, LaneLimits
 from pipeline.steps import StepTimes
 
-FIXED_MS, IMAGE_MS, MAX_STEP = 0.6, 0.11, 128
 ACCELERATORS = 2
 CHUNK, WINDOW = 256, 3  # images; chunks that the job keeps at each of its accelerators
 REQUESTS_PER_S = 60.0  # at most: what two cores generate and serve without being what is measured
@@ -60,27 +60,22 @@ CALIBRATE_S = 10.0
 ARMS = ("alone", "tandem", "fifo", "split")
 
 
-class Accelerator:
-    """A device that works on one step after another, in stretched time, and uses no CPU."""
+class Simulated:
+    """A model on a simulated accelerator."""
 
     def __init__(self, stretch: float) -> None:
-        self._stretch, self._free_s = stretch, 0.0
+        self._accelerator = Accelerator(stretch)
 
     def launch(self, images: Sequence[np.ndarray], top_k: int, *, details: bool) -> Callable[[], Scores]:
         """See `pipeline.dispatcher.Model`."""
         count = sum(map(len, images))
-        ends_s = self._free_s = max(self._free_s, time.monotonic()) + self._stretch * step_ms(count) / 1e3
+        ends_s = self._accelerator.begin(count)
 
         def scores() -> Scores:
-            time.sleep(max(0.0, ends_s - time.monotonic()))
+            self._accelerator.wait(ends_s)
             return Scores(np.zeros((count, top_k), np.int32), np.zeros((count, top_k), np.float32))
 
         return scores
-
-
-def step_ms(images: int) -> float:
-    """The ms of a step, before stretching."""
-    return FIXED_MS + IMAGE_MS * images
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class Device:
         return np.zeros((count, self.height, self.width, 3), np.uint8)
 
 
-SIMULATED = Device(None, MAX_STEP / (FIXED_MS + IMAGE_MS * MAX_STEP), 8, 8)
+SIMULATED = Device(None, MAX_STEP / step_ms(MAX_STEP), 8, 8)
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,7 @@ def pools(setting: Setting, name: str, *, fifo: bool) -> Iterator[list[Any]]:
             times = StepTimes(MAX_STEP, {n: setting.stretch * step_ms(n) for n in (1, MAX_STEP)})
             self._running: Any = SimpleNamespace(info=SimpleNamespace(scores_as="simulated"))
             self._classifier: Any = SimpleNamespace(check=lambda: None)
-            self._dispatcher = Dispatcher(Accelerator(setting.stretch), limits, times)
+            self._dispatcher = Dispatcher(Simulated(setting.stretch), limits, times)
 
         async def score_online(
             self, images_NHWC: np.ndarray, top_k: int, within_s: float, details: bool = False

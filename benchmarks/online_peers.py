@@ -3,7 +3,8 @@
     python benchmarks/online_peers.py fastapi|litserve|ray_serve|ray_serve_two PORT MODEL
 
 Each answers a POST on loopback with the five best classes of an image. `ray_serve_two` has an ingress before the model,
-as Tandem has; `ray_serve` has the model behind Serve's proxy at once.
+as Tandem has; `ray_serve` has the model behind Serve's proxy at once. With STRETCH in the environment the model runs on
+a simulated accelerator, in time that is stretched so.
 """
 
 import io
@@ -13,12 +14,15 @@ from typing import Any
 
 from starlette.requests import Request
 
+from benchmarks.accelerator import simulate
+
 try:
     from litserve import LitAPI  # type: ignore[import-not-found]
 except ImportError:  # only the peers' environment has it
     LitAPI = object
 
 BATCH, WAIT_S = 32, 0.01
+STRETCH = float(os.environ.get("STRETCH", "0"))
 
 
 def fastapi(port: int, model: str) -> None:
@@ -29,6 +33,8 @@ def fastapi(port: int, model: str) -> None:
     from transformers import pipeline
 
     classify: Any = pipeline("image-classification", model=model)
+    if STRETCH:
+        simulate(classify.model, STRETCH)
     app = FastAPI()
 
     @app.post("/predict")
@@ -117,6 +123,8 @@ class Classifier:
         self.torch: Any = torch
         self.processor: Any = AutoImageProcessor.from_pretrained(model)
         self.model: Any = AutoModelForImageClassification.from_pretrained(model).eval()
+        if STRETCH:
+            simulate(self.model, STRETCH)
 
     def __call__(self, images: list[Any]) -> list[list[dict[str, Any]]]:
         with self.torch.inference_mode():

@@ -13,9 +13,12 @@ PATIENCE_S = 30.0
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process and all that it started."""
+    """Ends the process and all that it started: by the end of what it reads from here, or by an interrupt."""
     tree = [*family(process.pid)]
-    process.send_signal(signal.SIGINT)
+    if process.stdin:
+        process.stdin.close()
+    else:
+        process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(PATIENCE_S)
     for pid in tree:

@@ -12,6 +12,7 @@ Ages are told by the store's clock alone, so the drivers' clocks need not agree.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import threading
@@ -31,26 +32,35 @@ LEASE_S = 30.0  # a lease that is older is nobody's
 RENEW_S = 8.0  # three renewals may fail
 POLL_S = 1.0
 FENCE_S = 5.0
+AGE_ERROR_S = 2.0  # S3 tells times in whole seconds
 
 
-def _uptime_s() -> float:
-    # goes on while the machine sleeps, unlike time.monotonic
+def uptime_s() -> float:
+    """A clock that goes on while the machine sleeps, unlike time.monotonic."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Lease:
     """OUTPUT, held for as long as the context lasts.
 
-    `names` are those that the caller's view of OUTPUT rests on: where another driver came in between, it is refused.
+    `names` are those that the caller's view of OUTPUT rests on, listed from `looked_s` on, by `clock`: where another
+    driver came in between, it is refused.
     """
 
-    def __init__(self, store: Store, names: Iterable[str], *, clock: Callable[[], float] = _uptime_s) -> None:
-        self._store, self._clock = store, clock
+    def __init__(
+        self,
+        store: Store,
+        names: Iterable[str],
+        *,
+        looked_s: float = math.inf,
+        clock: Callable[[], float] = uptime_s,
+    ) -> None:
+        self._store, self._clock, self._looked_s = store, clock, looked_s
         self._seen = max((number for name in names if (number := JobPaths.parse_lease(name))), default=0)
         self._number = self._seen + 1
         self.owner = uuid.uuid4().hex
         self._owner = {"owner": self.owner, "host": socket.gethostname(), "pid": os.getpid(), "place": _place()}
-        self.waited = False  # for another driver's lease to end: what the caller has seen of OUTPUT may be old
+        self.stale = False  # another driver worked on OUTPUT after the caller had looked
         self._renewed_s = 0.0
         self._renewing = threading.Lock()
         self._released = threading.Event()
@@ -114,7 +124,8 @@ class Lease:
         """Waits until nobody holds the lease `name`. Raises `OutputConflict` where it is renewed meanwhile."""
         try:
             holder, etag = _read(self._store, name), self._store.stat(name).etag
-            self.waited = holder["held"]
+            looked_ago_s = self._clock() - self._looked_s
+            self.stale = holder["held"] or self._store.age_s(name) < looked_ago_s + AGE_ERROR_S
             while holder["held"] and not _gone(holder) and self._store.age_s(name) <= LEASE_S:
                 time.sleep(POLL_S)
                 if self._store.stat(name).etag != etag and _read(self._store, name)["held"]:
@@ -146,9 +157,9 @@ class Fence:
 
     def check(self) -> None:
         """Raises `JobError` where another driver took OUTPUT more than `FENCE_S` ago. Asks the store that seldom."""
-        if _uptime_s() - self._checked_s <= FENCE_S:
+        if uptime_s() - self._checked_s <= FENCE_S:
             return
-        started_s = _uptime_s()
+        started_s = uptime_s()
         newest = self._newest_owner()
         if newest not in (self._owner, None):
             raise JobError(f"{self._store.url}: another driver works on this OUTPUT now")

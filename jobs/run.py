@@ -23,7 +23,7 @@ from deployments.config import Config, PoolConfig
 from deployments.pool import Running, attach, bring_up, take_down
 from jobs.commit import commit_shard
 from jobs.datapath import DataPath, give_way
-from jobs.lease import Fence, Lease
+from jobs.lease import Fence, Lease, uptime_s
 from jobs.ledger import Ledger
 from jobs.plan import (
     Plan,
@@ -77,7 +77,10 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A job that may run, and what INPUT and OUTPUT hold. A new job has no `plan`; a finished one has a `report`."""
+    """A job that may run, and what INPUT and OUTPUT held at `looked_s`, by the clock of `Lease`.
+
+    A new job has no `plan`; a finished one has a `report`.
+    """
 
     spec: JobSpec
     store: Store
@@ -85,6 +88,7 @@ class Prepared:
     carried: pa.Schema
     shards: list[Shard]
     names: list[str]
+    looked_s: float
     report: Report | None = None
 
 
@@ -94,7 +98,7 @@ def prepare(spec: JobSpec) -> Prepared:
     Raises `StorageError` (`Denied` where OUTPUT cannot be written), `UsageError`, and `OutputConflict` for an OUTPUT
     that is another job's or nobody's.
     """
-    store = open_store(spec.output)
+    looked_s, store = uptime_s(), open_store(spec.output)
     plan = read_plan(store)
     names = [info.name for info in store.list()] if plan else _foreign(store)
     if plan is not None:
@@ -103,14 +107,17 @@ def prepare(spec: JobSpec) -> Prepared:
             store.delete(name for name in names if name.startswith(JobPaths.STAGE))  # of a late worker
             report = _finished(plan, store)
             return Prepared(
-                spec=spec, store=store, plan=plan, carried=plan.carried, shards=plan.shards, names=names, report=report
-            )
+                spec=spec, store=store, plan=plan, carried=plan.carried, shards=plan.shards, names=names,
+                looked_s=looked_s, report=report,
+            )  # fmt: skip
     shards = find_input(spec)
     if plan is not None:
         check_same_input(plan, shards, spec.output)
     carried = plan.carried if plan else find_carried(spec, shards)
     _probe(store)
-    return Prepared(spec=spec, store=store, plan=plan, carried=carried, shards=shards, names=names)
+    return Prepared(
+        spec=spec, store=store, plan=plan, carried=carried, shards=shards, names=names, looked_s=looked_s
+    )  # fmt: skip
 
 
 def run_job(
@@ -141,8 +148,8 @@ def run_job(
 def _run_job(job: Prepared, config: Config, tell: OnProgress, max_error_share: float | None) -> Report:
     started = time.monotonic()
     tell(Progress(phase="pool", shards=len(job.shards)))
-    with Lease(job.store, job.names) as lease:
-        if lease.waited:
+    with Lease(job.store, job.names, looked_s=job.looked_s) as lease:
+        if lease.stale:
             job = prepare(job.spec)
             if job.report is not None:
                 return job.report

@@ -2,6 +2,7 @@
 
 To share each matrix between cores instead, as torch does, has them meet hundreds of times in a step, and all wait for
 one that something else holds up. A ViT of 5.5 million weights scored steps of 32 images 1.3 times as fast this way.
+A few images at a time stay in the core's cache, and a core that is held up leaves what it has not begun to the others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 
 from pipeline.dispatcher import Scores
+
+IMAGES_AT_ONCE = 8  # of that ViT: by 16 an image took a twentieth longer, by 2 a tenth
 
 
 class CoreSteps:
@@ -30,4 +33,5 @@ class CoreSteps:
         if len(images_NHWC) < self._threads or self._threads == 1:
             torch.set_num_threads(self._threads)  # in this thread; a new one takes what was set last, in whichever
             return score(images_NHWC)
-        return Scores.joined(list(self._pool.map(score, np.array_split(images_NHWC, self._threads))))
+        turns = -(-len(images_NHWC) // (self._threads * IMAGES_AT_ONCE))
+        return Scores.joined(list(self._pool.map(score, np.array_split(images_NHWC, turns * self._threads))))

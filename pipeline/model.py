@@ -15,10 +15,12 @@ import torch
 import transformers
 
 from pipeline.checkpoint import Checkpoint
+from pipeline.class_token import narrow_last_layer
 from pipeline.core_steps import CoreSteps
 from pipeline.device_steps import DeviceSteps, Outputs, scores_of
 from pipeline.dispatcher import Scores
 from pipeline.errors import ModelError
+from pipeline.heap import keep_freed_memory
 from pipeline.model_info import Dtype, Function, ModelInfo
 from pipeline.transform import transform_of
 
@@ -65,6 +67,9 @@ class Classifier:
                 "pillow": PIL.__version__,
             },
         )
+        height, width = self.info.transform.height, self.info.transform.width
+        noise_NCHW = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+        narrow_last_layer(self._network, noise_NCHW.to(self.device, self._network.dtype))
         if compile:
             # one program for steps of any size: one for each would take minutes
             self._network = torch.compile(self._network, dynamic=True)
@@ -79,7 +84,8 @@ class Classifier:
         return 1 if weights < MIN_WEIGHTS_FOR_THREADS else os.cpu_count() or 1
 
     def use_threads(self, threads: int) -> None:
-        """Has the model run on so many CPU threads."""
+        """Has the model run on so many CPU threads, and this process keep the memory of their steps."""
+        keep_freed_memory()
         self._cores = CoreSteps(threads)
 
     def launch(self, images: Sequence[np.ndarray], top_k: int, *, details: bool) -> Callable[[], Scores]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs import lease as module
-from jobs.lease import Fence, Lease
+from jobs.lease import Fence, Lease, uptime_s
 from jobs.spec import JobPaths
 from pipeline.errors import JobError, OutputConflict
 from pipeline.local import LocalStore
@@ -80,15 +80,25 @@ def test_a_lease_that_was_given_back_is_taken_at_once_and_leaves_one_object(stor
     for _ in range(3):
         started = time.monotonic()
         with Lease(store, names(store)) as lease:
-            assert not lease.waited
+            assert not lease.stale
             assert time.monotonic() - started < module.LEASE_S
     assert names(store) == [JobPaths.lease(3)]
+
+
+def test_what_a_driver_did_that_ended_since_the_caller_looked_is_looked_at_again(store: Store) -> None:
+    looked_s = uptime_s()
+    with Lease(store, []):
+        seen = names(store)
+    with Lease(store, seen, looked_s=looked_s) as after:
+        assert after.stale
+    with Lease(store, names(store), looked_s=uptime_s() + 60.0) as later:
+        assert not later.stale
 
 
 def test_a_driver_that_died_elsewhere_is_waited_for(store: Store) -> None:
     abandon(store)
     with Lease(store, names(store)) as lease:
-        assert lease.waited
+        assert lease.stale
         assert store.age_s(JobPaths.lease(2)) <= 2
     assert names(store) == [JobPaths.lease(2)]
 
@@ -98,7 +108,7 @@ def test_a_process_of_this_machine_that_ended_is_not_waited_for(tmp_path: Path) 
     abandon(store, pid=_ended_process(), place=module._place())
     started = time.monotonic()
     with Lease(store, names(store)) as lease:
-        assert lease.waited
+        assert lease.stale
         assert time.monotonic() - started < module.LEASE_S / 2
 
 
