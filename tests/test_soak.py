@@ -76,8 +76,7 @@ def _soak(
         chaos.target = open_store(target)
         with chaos:
             _submit_until_done(cluster, corpus, target, lambda: chaos.told.total() < faults)
-        end_s = time.monotonic() + PATIENCE_S
-        assert _submit_until_done(cluster, corpus, target, lambda: time.monotonic() < end_s)
+        assert _submit_until_done(cluster, corpus, target, _for(PATIENCE_S))
         check_output(target, corpus.keys, corpus.undisturbed)
         print(f"job done and checked; faults so far: {dict(chaos.told)}")
     return chaos.told
@@ -93,6 +92,11 @@ def _submit_until_done(cluster: Cluster, corpus: Corpus, target: str, going_on: 
                 return True
         time.sleep(1)
     return False
+
+
+def _for(seconds: float) -> Callable[[], bool]:
+    end_s = time.monotonic() + seconds
+    return lambda: time.monotonic() < end_s
 
 
 class Chaos:
