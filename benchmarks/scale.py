@@ -109,7 +109,8 @@ def deploy_stub() -> None:
     """A pool for MODEL, by its own name, whose replica has an answer ready."""
     from ray import serve
 
-    from deployments.pool import DEPLOYMENT, Answer, Running, app_name, wait_running
+    from deployments.answer import Answer
+    from deployments.pool import DEPLOYMENT, Running, app_name, wait_running
     from pipeline.dispatcher import Scores
 
     class Stub:

@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.pool import Answer
+from deployments.answer import Answer
 from pipeline.errors import Busy, PoolFailed
 
 ATTEMPTS = 8  # of a chunk whose replica died or was not there

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterable
+from typing import Literal
 
 import httpx
 import ray
@@ -35,11 +36,16 @@ class EndpointMetrics:
             boundaries=SECONDS,
             tag_keys=("protocol", "status"),
         )
+        self._calls = Counter("tandem_online_calls", "Calls to replicas, by how they went.", tag_keys=("way",))
         self._decode = Histogram("tandem_decode_seconds", "Decoding and resizing an image.", boundaries=SECONDS)
 
     def request(self, protocol: str, status: int, seconds: float) -> None:
         """Counts an answer."""
         self._requests.observe(seconds, {"protocol": protocol, "status": str(status)})
+
+    def called(self, way: Literal["channel", "serve"]) -> None:
+        """Counts a call to a replica that was answered."""
+        self._calls.inc(1, {"way": way})
 
     def decoded(self, seconds: float) -> None:
         """Counts an image."""

@@ -26,10 +26,13 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 
+from deployments.answer import Answer
 from deployments.autoscaling import BATCH_SHARE, BATCH_STEPS, ONLINE_SHARE
+from deployments.channels.frames import Address
+from deployments.channels.server import ChannelServer
 from deployments.config import PoolConfig
 from deployments.metrics import ReplicaMetrics
-from pipeline.dispatcher import Dispatcher, Scores
+from pipeline.dispatcher import Dispatcher
 from pipeline.errors import Busy, Expired, ModelError, PoolFailed
 from pipeline.lanes import Lane
 from pipeline.model_info import ModelInfo
@@ -48,15 +51,6 @@ TELL_EVERY_S, LOOK_BACK_S = 2.0, 10.0  # of a replica's load
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Scores, the id of the replica that computed them, and the `scores_as` of its model."""
-
-    scores: Scores
-    replica: str
-    scores_as: str
-
-
-@dataclass(frozen=True)
 class Running:
     """A pool that answers: the model that it holds, how it runs, and what its replicas chose (`Choices.told`)."""
 
@@ -71,6 +65,7 @@ class ModelReplica:
     async def __init__(self, model: str, config: PoolConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self.replica = serve.get_replica_context().replica_id.unique_id
         self._problem: ModelError | None = None
+        self._address: Address | None = None
         self._told_s, self._told_busy_s = time.monotonic(), dict.fromkeys(Lane, 0.0)
         try:
             await asyncio.to_thread(self._load, model, config)
@@ -80,6 +75,15 @@ class ModelReplica:
             return
         self._loop = asyncio.create_task(self._dispatcher.run())
         self._telling = asyncio.create_task(ReplicaMetrics(self._dispatcher).tell())
+        if not _ray_uses_tls():  # else what goes over the network is for Ray alone to carry
+            self._channels = ChannelServer(self.score_online)
+            host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            self._address = await self._channels.open(self.replica, host)
+
+    async def __del__(self) -> None:
+        """Awaited by Serve before it ends the process, once its own calls are answered."""
+        if self._address:
+            await self._channels.close()
 
     def _load(self, model: str, config: PoolConfig) -> None:
         from deployments.choices import Choices  # here, as it brings torch, which who calls the pool does without
@@ -107,6 +111,10 @@ class ModelReplica:
     async def describe(self) -> Running | ModelError:
         """What this replica holds, or why it holds nothing."""
         return self._problem or self._running
+
+    async def channel(self) -> Address | None:
+        """Where it takes online calls directly, if it does."""
+        return self._address
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve, and read by `deployments.autoscaling`: the load since the last call."""
@@ -286,6 +294,10 @@ def _reason(status: ApplicationStatusOverview) -> str:
     messages = [status.message, *(deployment.message for deployment in status.deployments.values())]
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
     return lines[-1] if lines else f"its status is {status.status}"
+
+
+def _ray_uses_tls() -> bool:
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
 
 
 def _gpus(config: PoolConfig) -> float:

@@ -9,8 +9,8 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from deployments.answer import Answer
 from deployments.batch import ATTEMPTS, FIRST_PAUSE_S, LONGEST_BUSY_S, LONGEST_PAUSE_S, score_chunk
-from deployments.pool import Answer
 from pipeline.dispatcher import Scores
 from pipeline.errors import Busy, PoolFailed
 

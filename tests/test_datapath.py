@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deployments.pool import Answer
+from deployments.answer import Answer
 from jobs.datapath import DECODE_CPUS, READ_CPUS, _Caller, decoders_for
 from pipeline.dispatcher import Scores
 from pipeline.errors import JobError, OutputConflict

@@ -128,6 +128,20 @@ def test_a_request_is_in_the_log_and_among_the_metrics_of_the_cluster(endpoint: 
     assert "# TYPE tandem_step_seconds histogram" in metrics
 
 
+def test_calls_to_the_pool_go_by_channels(endpoint: str) -> None:
+    """All but the first, which Serve carries while they are opened."""
+    for _ in range(40):
+        httpx.post(f"{endpoint}/predict", content=encode(digits()[0])[1]).raise_for_status()
+    _until(lambda: _calls(endpoint, "channel") >= 30)
+    assert _calls(endpoint, "serve") >= 1
+    assert _calls(endpoint, "channel") > _calls(endpoint, "serve")
+
+
+def _calls(endpoint: str, way: str) -> float:
+    counts = re.findall(rf'^tandem_online_calls_total\{{.*way="{way}".*\}} (\S+)', _metrics(endpoint), re.MULTILINE)
+    return sum(map(float, counts))
+
+
 def _logged(text: str) -> list[str]:
     """The lines of JSON with that text on the standard errors of Ray's workers, where Serve has lines of its own."""
     logs = Path("/tmp/ray/session_latest/logs").glob("worker-*.err")
