@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script
 
-from benchmarks.online import IMAGE, crowd, request_of, serving
+from benchmarks.online import IMAGE, Traffic, crowd, request_of, serving
 from benchmarks.processes import family
 from benchmarks.results import percentile, write_results
 
@@ -32,16 +32,14 @@ CLIENTS, WARM_S, CAPACITY_S = 32, 5.0, 20.0
 SHARE, BAD_SHARE = 0.9, 0.05
 BAD_CLIENTS_EVERY_S = 2.0
 MEMORY_EVERY_S = 30.0
-CONNECTIONS = 64
 
 
 class Load:
     """What is sent, and what came back."""
 
     def __init__(self, port: int, server: int, seconds: float) -> None:
-        self._port, self._server = port, server
+        self._port, self._server, self._traffic = port, server, Traffic(port)
         self._ends_s = time.perf_counter() + seconds
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._started_s = time.perf_counter()
         self.good: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
@@ -56,32 +54,20 @@ class Load:
             while (due_s := due_s + random.expovariate(per_s)) < self._ends_s:
                 await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
                 group.create_task(self._request(due_s))
-        for _, writer in self._idle:
-            writer.close()
+        self._traffic.close()
 
     async def _request(self, due_s: float) -> None:
         bad = random.random() < BAD_SHARE
         body = IMAGE[: random.randrange(1, len(IMAGE) // 2)] if bad else IMAGE
         head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         try:
-            status = await self._answer(head.encode() + body)
+            status = (await self._traffic.ask(head.encode() + body)).split()[1].decode()
         except (OSError, asyncio.IncompleteReadError) as error:
             status = type(error).__name__
         (self.bad if bad else self.good)[status] += 1
         if not bad:
             minute = int((due_s - self._started_s) // 60)
             self.latencies_ms[minute].append((time.perf_counter() - due_s) * 1e3)
-
-    async def _answer(self, request: bytes) -> str:
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
-        writer.write(request)
-        head = (await reader.readuntil(b"\r\n\r\n")).lower()
-        await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
-        if len(self._idle) < CONNECTIONS and b"connection: close" not in head:
-            self._idle.append((reader, writer))
-        else:
-            writer.close()
-        return head.split()[1].decode()
 
     async def _bad_clients(self) -> None:
         request = request_of("tandem")

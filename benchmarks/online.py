@@ -1,12 +1,16 @@
 """The endpoint beside what people would serve a model with instead, on this machine, with the small model that ships.
 
-    python benchmarks/online.py            # some 25 minutes: writes results
+    python benchmarks/online.py            # some 35 minutes: writes results
     python benchmarks/online.py --json     # the same, with one JSON object as the last line
 
 Tandem, LitServe with its own batching, FastAPI with a pipeline of transformers, and Ray Serve with `@serve.batch` (with
-one hop, and with two as Tandem has) take turns, each with a fresh server in each round. Clients are closed loops: each
-sends an image, waits for the answer, and sends the next one. Of each number of clients: requests/s, p50, p99, and the
-CPU time of a request, in all processes of the server. Each is checked to give the right class first.
+one hop, and with two as Tandem has) take turns, each with a fresh server in each round. Each is checked to give the
+right class first.
+
+First, clients are closed loops: each sends an image, waits for the answer, and sends the next one. Of each number of
+clients: requests/s, p50, p99, and the CPU time of a request, in all processes of the server. Then requests come at
+random (a Poisson process), whatever the answers do, at one rate after another until the server falls behind; a latency
+is counted from the time at which its request was due.
 
 Then the same with the model on a simulated accelerator, which takes time (ten times that of ViT-B/16 on an H200) and no
 CPU: what is measured is all that is around a model.
@@ -18,6 +22,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -43,12 +48,15 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(shipped("digits-vit"))
 SYSTEMS = ("tandem", "litserve", "fastapi", "ray_serve", "ray_serve_two")
 PEERS = ("litserve==0.2.19", "pyzmq==27.3.0")
-CLIENTS = (1, 4, 8, 16, 32, 128)
+CLIENTS = (1, 8, 16, 32, 128)
+RATES = (50, 100, 150, 200, 250, 300, 400, 500)  # requests/s
+BEHIND_MS, MOST_WAITING = 500.0, 1000  # where a server has fallen behind
 WARM_S, START_S, P99_MS = 3.0, 120.0, 100.0
 STRETCH = 10.0
 DEVICES = {"cpu": 0.0, "simulated": STRETCH}  # and how far time is stretched there
 DIGIT = digits()[0]
 _, IMAGE = encode(DIGIT)
+CONNECTIONS = 64
 BOUNDARY = "of-the-benchmark"
 
 
@@ -148,19 +156,26 @@ def wait_ready(system: str, port: int, process: subprocess.Popen[bytes], *, chec
 
 
 def measure(system: str, port: int, server: int, seconds: float) -> dict[str, Any]:
-    """Of each number of clients what it sees, and what it costs the server."""
-    request, result = request_of(system), {}
+    """Of each number of clients and each rate what is seen, and what it costs the server."""
+    request, loops, rates = request_of(system), {}, {}
     asyncio.run(crowd(port, request, 8, WARM_S))
     for clients in CLIENTS:
         before_s = cpu_s(server)
         latencies_ms, took_s = asyncio.run(crowd(port, request, clients, seconds))
-        result[str(clients)] = {
+        loops[str(clients)] = {
             "requests_per_s": round(len(latencies_ms) / took_s, 1),
             "p50_ms": percentile(latencies_ms, 0.5),
             "p99_ms": percentile(latencies_ms, 0.99),
             "cpu_ms_per_request": round((cpu_s(server) - before_s) / len(latencies_ms) * 1e3, 2),
         }
-    return result
+    for rate in RATES:
+        latencies_ms = asyncio.run(Traffic(port).run(request, rate, seconds))
+        if not latencies_ms:
+            break
+        rates[str(rate)] = {"p50_ms": percentile(latencies_ms, 0.5), "p99_ms": percentile(latencies_ms, 0.99)}
+        if rates[str(rate)]["p99_ms"] > BEHIND_MS:
+            break
+    return {"closed": loops, "open": rates}
 
 
 async def crowd(port: int, request: bytes, clients: int, seconds: float) -> tuple[list[float], float]:
@@ -173,13 +188,8 @@ async def crowd(port: int, request: bytes, clients: int, seconds: float) -> tupl
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         while (sent_s := time.perf_counter()) < ends_s:
             writer.write(request)
-            head = await reader.readuntil(b"\r\n\r\n")
+            head = await read_answer(reader)
             assert b" 200 " in head.split(b"\r\n", 1)[0], head
-            length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
-            if length:
-                await reader.readexactly(int(length))
-            else:
-                await reader.readuntil(b"\r\n0\r\n\r\n")  # it comes in chunks
             latencies_ms.append((time.perf_counter() - sent_s) * 1e3)
         writer.close()
 
@@ -187,28 +197,97 @@ async def crowd(port: int, request: bytes, clients: int, seconds: float) -> tupl
     return latencies_ms, time.perf_counter() - started_s
 
 
+async def read_answer(reader: asyncio.StreamReader) -> bytes:
+    """Reads an answer to its end; its status and headers in lower case."""
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    length = head.partition(b"content-length: ")[2].partition(b"\r\n")[0]
+    if length:
+        await reader.readexactly(int(length))
+    else:
+        await reader.readuntil(b"\r\n0\r\n\r\n")  # it comes in chunks
+    return head
+
+
+class Traffic:
+    """Requests that come at random, on connections that are kept."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def run(self, request: bytes, per_s: float, seconds: float) -> list[float]:
+        """The ms of each request, from when it was due; none where the server has fallen too far behind."""
+        latencies_ms: list[float] = []
+        waiting: set[asyncio.Task[None]] = set()
+        randoms = random.Random(per_s)  # the same for each system
+        due_s = time.perf_counter()
+        ends_s = due_s + seconds
+
+        async def one(due_s: float) -> None:
+            head = await self.ask(request)
+            assert b" 200 " in head.split(b"\r\n", 1)[0], head
+            latencies_ms.append((time.perf_counter() - due_s) * 1e3)
+
+        while (due_s := due_s + randoms.expovariate(per_s)) < ends_s and len(waiting) < MOST_WAITING:
+            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+            waiting.add(task := asyncio.create_task(one(due_s)))
+            task.add_done_callback(waiting.discard)
+        fell_behind = len(waiting) >= MOST_WAITING
+        await asyncio.gather(*waiting)
+        self.close()
+        return [] if fell_behind else latencies_ms
+
+    async def ask(self, request: bytes) -> bytes:
+        """The status and the headers of the answer, in lower case."""
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
+        writer.write(request)
+        head = await read_answer(reader)
+        if len(self._idle) < CONNECTIONS and b"connection: close" not in head:
+            self._idle.append((reader, writer))
+        else:
+            writer.close()
+        return head
+
+    def close(self) -> None:
+        """Leaves the connections on which nothing waits."""
+        while self._idle:
+            self._idle.pop()[1].close()
+
+
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The medians of the rounds, and the requests/s of the best number of clients whose p99 stays within 100 ms."""
-    result: dict[str, Any] = {
-        clients: {
-            name: round(statistics.median(one[clients][name] for one in rounds), 2) for name in rounds[0][clients]
-        }
-        for clients in rounds[0]
+    """The medians of the rounds, and the most requests/s whose p99 stays within 100 ms: of clients, and of rates."""
+    loops, rates = (_medians([one[kind] for one in rounds]) for kind in ("closed", "open"))
+    fits = [one["requests_per_s"] for one in loops.values() if one["p99_ms"] <= P99_MS]
+    rates_that_fit = [int(rate) for rate, one in rates.items() if one["p99_ms"] <= P99_MS]
+    return {
+        "closed": loops,
+        "open": rates,
+        "requests_per_s_at_p99_100ms": max(fits, default=None),
+        "rate_at_p99_100ms": max(rates_that_fit, default=None),
+        "rounds": rounds,
     }
-    fits = [one["requests_per_s"] for one in result.values() if one["p99_ms"] <= P99_MS]
-    return {**result, "requests_per_s_at_p99_100ms": max(fits, default=None), "rounds": rounds}
+
+
+def _medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of each point that all rounds have."""
+    points = [point for point in rounds[0] if all(point in one for one in rounds)]
+    return {
+        point: {name: round(statistics.median(one[point][name] for one in rounds), 2) for name in rounds[0][point]}
+        for point in points
+    }
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """A few lines for people."""
     lines = [f"{'':14} {'clients':>8} {'req/s':>8} {'p50 ms':>8} {'p99 ms':>8} {'CPU ms':>8}"]
     for system, result in results.items():
-        for clients in map(str, CLIENTS):
-            one = result[clients]
+        for clients, one in result["closed"].items():
             lines.append(
                 f"{system:14} {clients:>8} {one['requests_per_s']:>8} {one['p50_ms']:>8} {one['p99_ms']:>8} "
                 f"{one['cpu_ms_per_request']:>8}"
             )
+        rates = ", ".join(f"{rate}: {one['p50_ms']}/{one['p99_ms']}" for rate, one in result["open"].items())
+        lines.append(f"{'':14} requests/s that come at random: p50/p99 ms: {rates}")
     return "\n".join(lines)
 
 
