@@ -24,6 +24,7 @@ from ray.serve import RunTarget
 from ray.serve.exceptions import RayServeException
 
 from deployments.answer import Answer
+from deployments.board import running_jobs
 from deployments.channels.client import ChannelLost
 from deployments.channels.frames import Address
 from deployments.channels.pool import Channels
@@ -72,7 +73,13 @@ class Endpoint:
         await self.score([_blank_image()], Wanted(), startup_timeout_s)
         status = Status(self._info, self._recent, self._replicas)
         app = build_app(
-            self, config, observe=self._metrics.request, metrics=gather_metrics, status=status, tracer=self._tracer
+            self,
+            config,
+            observe=self._metrics.request,
+            metrics=gather_metrics,
+            status=status,
+            jobs=_running_jobs,
+            tracer=self._tracer,
         )
         self._listener = Listener(app, host, port)
         await self._listener.open()
@@ -204,6 +211,10 @@ def _log_access() -> None:
         access.log.addHandler(logging.StreamHandler(sys.__stderr__))
         access.log.setLevel(logging.INFO)
         access.log.propagate = False
+
+
+async def _running_jobs() -> list[dict[str, Any]]:
+    return await asyncio.to_thread(running_jobs)
 
 
 def _blank_image() -> bytes:

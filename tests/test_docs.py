@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -34,7 +35,10 @@ def url() -> Iterator[str]:
     async def metrics() -> str:
         return "tandem_step_images_count 7\n"
 
-    with served(build_app(LocalScorer(), EndpointConfig(), metrics=metrics)) as url:
+    async def jobs() -> list[dict[str, Any]]:
+        return [{"output": "s3://bucket/out"}]
+
+    with served(build_app(LocalScorer(), EndpointConfig(), metrics=metrics, jobs=jobs)) as url:
         yield url
 
 
@@ -52,6 +56,9 @@ def test_each_command_knows_the_seven(command: str, outputs: dict[str, str]) -> 
     output = outputs[command]
     if command.endswith("/metrics"):
         assert output == "tandem_step_images_count 7\n"
+        return
+    if command.endswith("/jobs"):
+        assert json.loads(output) == {"jobs": [{"output": "s3://bucket/out"}]}
         return
     if command.endswith(("/ping", "/vit-base-patch16-224")):
         assert json.loads(output)  # it is about health, and tells no class

@@ -178,6 +178,8 @@ def test_the_page_shows_the_pool_and_how_far_a_job_is(address: str, endpoint: st
         expect(page.get_by_role("progressbar", name=f"Progress of {target}")).to_be_visible(timeout=60_000)
         scores = re.compile(r"scores: \d+ of 30 shards, [1-9][\d,]* images")
         expect(page.locator("#list")).to_contain_text(scores, timeout=60_000)
+        (told,) = httpx.get(f"{endpoint}/jobs").raise_for_status().json()["jobs"]
+        assert (told["output"], told["shards"]) == (target, 30)
         assert job.wait(timeout=120) == 0
         expect(page.get_by_text("None runs.")).to_be_visible()
         requests = page.locator("#p50_ms").inner_text()

@@ -77,6 +77,22 @@ def test_a_key_is_for_its_scopes() -> None:
     assert _ask("POST", "/predict", content=b"cat", headers=_bearer(ADMIN)).status_code == 200
 
 
+def test_jobs_are_told_to_keys_for_jobs() -> None:
+    async def jobs() -> list[dict[str, Any]]:
+        return [{"output": "s3://bucket/out", "images": 3}]
+
+    secret, key = new_key("nightly-check", [Scope.JOBS])
+    app = build_app(Pool(), EndpointConfig(keys=(str(key), *KEYS)), jobs=jobs)
+    assert ask(app, "GET", "/jobs", headers=_bearer(PREDICT)).status_code == 403
+    for allowed in (secret, ADMIN):
+        assert ask(app, "GET", "/jobs", headers=_bearer(allowed)).json() == {
+            "jobs": [{"output": "s3://bucket/out", "images": 3}]
+        }
+    for other in ("/metrics", "/status"):
+        assert ask(app, "GET", other, headers=_bearer(secret)).status_code == 403
+    assert ask(app, "POST", "/predict", content=b"cat", headers=_bearer(secret)).status_code == 403
+
+
 def test_openapi_tells_which_routes_want_a_key() -> None:
     app = build_app(Pool(), EndpointConfig(keys=KEYS, health_route="/h"))
     for _ in range(2):  # it is kept between calls

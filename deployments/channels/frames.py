@@ -12,7 +12,7 @@ import math
 import socket
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class Address:
     replica: str
     host: str
     port: int
-    token: bytes
+    token: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
@@ -18,6 +19,8 @@ from deployments.web.problems import answer_the_rest
 from deployments.web.scoring import Scorer, Service
 from pipeline import __version__
 
+Jobs = Callable[[], Awaitable[list[dict[str, Any]]]]
+
 PROMETHEUS = "text/plain; version=0.0.4"
 
 
@@ -29,13 +32,14 @@ def build_app(
     observe: Observe = lambda protocol, status, seconds: None,
     metrics: Callable[[], Awaitable[str]] | None = None,
     status: page.Status | None = None,
+    jobs: Jobs | None = None,
     tracer: Tracer | None = None,
 ) -> FastAPI:
     """The application.
 
-    Without a fetcher of its own it has the one that the configuration describes. `observe` is told of each answer, and
-    `metrics` gives what Prometheus comes for, and `status` what the page shows of the pool. With a
-    `tracer`, each request is a span.
+    Without a fetcher of its own it has the one that the configuration describes. `observe` is told of each answer.
+    `metrics` gives what Prometheus comes for, `status` what the page shows of the pool, and `jobs` those that run. With
+    a `tracer`, each request is a span.
     """
     app = FastAPI(
         title="Tandem",
@@ -55,6 +59,8 @@ def build_app(
     app.include_router(page.routes(service, status))
     if metrics:
         _add_metrics(app, metrics)
+    if jobs:
+        _add_jobs(app, jobs)
     answer_the_rest(app)
     keys, probes = Keys(map(Key.parse, config.keys), config.rate_per_s), [config.health_route or "/ping"]
     app.add_middleware(Gate, keys=keys, open_routes=probes)
@@ -69,3 +75,10 @@ def _add_metrics(app: FastAPI, metrics: Callable[[], Awaitable[str]]) -> None:
     async def prometheus() -> PlainTextResponse:
         """Metrics of the endpoint and the pool."""
         return PlainTextResponse(await metrics(), media_type=PROMETHEUS)
+
+
+def _add_jobs(app: FastAPI, jobs: Jobs) -> None:
+    @app.get("/jobs", tags=["tandem"])
+    async def running() -> dict[str, list[dict[str, Any]]]:
+        """The jobs that run on the cluster, the oldest first: what each does, and how far it is."""
+        return {"jobs": await jobs()}

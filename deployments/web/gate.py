@@ -18,7 +18,7 @@ from deployments.web.problems import Problem, documented, problem_json
 
 PAGE = {"/", "/docs", *(f"/{name}" for name in PARTS)}
 OPEN = PAGE | {"/healthz", "/readyz", "/ping", "/openapi.json", "/v2/health/live", "/v2/health/ready"}  # to GET
-ADMIN = {"/metrics", "/status"}
+SCOPES = {"/metrics": Scope.ADMIN, "/status": Scope.ADMIN, "/jobs": Scope.JOBS}  # others score
 
 
 class Gate:
@@ -53,7 +53,7 @@ class Gate:
         if key is None:
             detail = "the key is not known here; have one made with tandem key"
             raise Problem(HTTPStatus.UNAUTHORIZED, detail, **{"www-authenticate": 'Bearer error="invalid_token"'})
-        scope = Scope.ADMIN if connection["path"] in ADMIN else Scope.PREDICT
+        scope = SCOPES.get(connection["path"], Scope.PREDICT)
         if not key.may(scope):
             raise Problem(HTTPStatus.FORBIDDEN, f"the key of {key.name} is not for {scope}; use one that is")
         if wait_s := self._keys.wait_s(key):

@@ -28,6 +28,7 @@ class Scope(StrEnum):
     """What a key may be for; `ADMIN` is for all."""
 
     PREDICT = "predict"
+    JOBS = "jobs"
     ADMIN = "admin"
 
 
