@@ -157,10 +157,10 @@ class Endpoint:
         found: Answer | Busy | Expired = await _answer(
             lambda: self._pool.score_online.remote(images_NHWC, top_k, ends_s - loop.time(), details)
         )
+        if not isinstance(found, Answer):
+            raise found
         self._metrics.called("serve")
-        if isinstance(found, Answer):
-            return found
-        raise found
+        return found
 
     async def _find(self) -> Address | None:
         """Where one of the replicas takes calls directly: that which was not asked for the longest time."""

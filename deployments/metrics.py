@@ -44,7 +44,7 @@ class EndpointMetrics:
         self._requests.observe(seconds, {"protocol": protocol, "status": str(status)})
 
     def called(self, way: Literal["channel", "serve"]) -> None:
-        """Counts a call to a replica that was answered."""
+        """Counts a call whose images were scored."""
         self._calls.inc(1, {"way": way})
 
     def decoded(self, seconds: float) -> None:
