@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import re
 import time
@@ -49,6 +50,8 @@ POLL_S = 0.1
 DRAIN_S = 60.0  # for the chunks in a replica that is to go; what is left is scored elsewhere
 TELL_EVERY_S, LOOK_BACK_S = 2.0, 10.0  # of a replica's load
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Running:
@@ -75,10 +78,8 @@ class ModelReplica:
             return
         self._loop = asyncio.create_task(self._dispatcher.run())
         self._telling = asyncio.create_task(ReplicaMetrics(self._dispatcher).tell())
-        if not _ray_uses_tls():  # else what goes over the network is for Ray alone to carry
-            self._channels = ChannelServer(self.score_online)
-            host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-            self._address = await self._channels.open(self.replica, host)
+        self._channels = ChannelServer(self.score_online)
+        self._address = await open_channels(self._channels, self.replica)
 
     async def __del__(self) -> None:
         """Awaited by Serve before it ends the process, once its own calls are answered."""
@@ -296,8 +297,16 @@ def _reason(status: ApplicationStatusOverview) -> str:
     return lines[-1] if lines else f"its status is {status.status}"
 
 
-def _ray_uses_tls() -> bool:
-    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+async def open_channels(server: ChannelServer, replica: str) -> Address | None:
+    """Has the server listen where Ray has this node, or nowhere: where Ray encrypts, Ray alone may carry images."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return None
+    host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    try:
+        return await server.open(replica, host)
+    except OSError as error:
+        _log.warning("replica %s takes calls through Serve alone, at a higher cost: %s: %s", replica, host, error)
+        return None
 
 
 def _gpus(config: PoolConfig) -> float:

@@ -19,6 +19,7 @@ from deployments.channels.client import Channel, ChannelLost
 from deployments.channels.frames import ARRAY_BYTES, GREETING, JSON_BYTES, TOKEN_BYTES, Address
 from deployments.channels.pool import Channels
 from deployments.channels.server import STRANGERS, ChannelServer
+from deployments.pool import open_channels
 from pipeline.dispatcher import Scores
 from pipeline.errors import Busy, Expired, PoolFailed
 
@@ -260,6 +261,29 @@ def test_callers_are_told_where_the_connection_breaks() -> None:
             await channel.call(IMAGES_NHWC, 1, 9.0, False)
 
     run(test())
+
+
+@pytest.mark.parametrize(
+    ("host", "uses_tls", "there"),
+    [(HOST, "0", True), (HOST, "1", False), (HOST, "True", False), ("203.0.113.1", "0", False)],
+    ids=["plain", "tls", "tls in words", "not this machine's"],
+)
+def test_a_replica_listens_where_ray_has_its_node_if_it_may(
+    host: str, uses_tls: str, there: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: host)
+    monkeypatch.setenv("RAY_USE_TLS", uses_tls)
+
+    async def test() -> None:
+        server = ChannelServer(Replica().score)
+        address = await open_channels(server, "a")
+        assert (address is not None) == there
+        if address is not None:
+            assert address.host == host
+            await server.close()
+
+    run(test())
+    assert ("through Serve alone" in caplog.text) == (host != HOST)
 
 
 async def answered(address: Address, greeting: bytes) -> bytes:
