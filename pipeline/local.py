@@ -18,7 +18,7 @@ from pipeline.storage import ObjectInfo
 _PARTIAL = ".tandem-partial-"
 
 BUFFER_BYTES = 1 << 17
-FOLDER_ATTEMPTS = 100
+FOLDER_WITHIN_S = 5.0
 PARTIAL_S = 60.0  # a file that is older is nobody's
 
 
@@ -161,15 +161,15 @@ def _written(folder: Path, data: bytes) -> Iterator[str]:
 
 
 def _make_partial(folder: Path) -> tuple[int, str]:
-    for attempt in range(FOLDER_ATTEMPTS):
+    ends_s = time.monotonic() + FOLDER_WITHIN_S
+    while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return tempfile.mkstemp(prefix=_PARTIAL, dir=folder)
         except (FileNotFoundError, FileExistsError):
-            # whoever deletes the folder's last file drops the folder, perhaps just now
-            if attempt == FOLDER_ATTEMPTS - 1:
+            # whoever deletes the folder's last file drops the folder, perhaps just now, and again and again
+            if time.monotonic() > ends_s:
                 raise
-    raise AssertionError("unreachable")
 
 
 def _umask() -> int:
