@@ -100,6 +100,7 @@ class PoolConfig:
 class EndpointConfig:
     """The HTTP side. Sizes in bytes of a request and pixels of one image, times in seconds.
 
+    `max_backlog` is in images of all requests that one process has read and not answered: beyond it, it takes no more.
     `image_url_hosts` are those from which images may be fetched for a caller: names, `*.name`, or `name:port`; none
     means that no URL is fetched. `health_route` and `predict_route` are those of a Vertex AI container. `keys` are
     lines as `tandem key` prints them; where there are some, a request needs one, and may come `rate_per_s` times with
@@ -113,6 +114,7 @@ class EndpointConfig:
     max_body_bytes: int = 32 << 20
     max_pixels: int = DEFAULT_MAX_PIXELS
     max_images: int = 64
+    max_backlog: int = 1024
     timeout_s: float = 30.0
     decode_threads: int = 2
     image_url_hosts: tuple[str, ...] = ()
@@ -124,7 +126,7 @@ class EndpointConfig:
     traces_to: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "replicas", "max_body_bytes", "max_pixels", "max_images", "decode_threads")
+        _at_least(self, 1, "replicas", "max_body_bytes", "max_pixels", "max_images", "max_backlog", "decode_threads")
         _at_least(self, 0, "cpus", "timeout_s", "rate_per_s")
         if self.rate_per_s == 0:
             raise UsageError("rate_per_s is 0; it must be more, or not be there")

@@ -7,16 +7,18 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 import httpx
 import pytest
+import uvloop
 
 from deployments.config import EndpointConfig
 from deployments.web import connections
 from deployments.web.app import build_app
 from deployments.web.connections import MAX_HEAD_BYTES
+from deployments.web.listener import Listener
 from tests.servers import listening, served
 from tests.test_web import Pool
 
@@ -281,6 +283,25 @@ def test_bodies_of_any_size_are_taken_however_they_come(parts: int) -> None:
                 raw.sendall(request[start : start + step])
                 time.sleep(0.02)
             assert _read(raw, b"}]}").startswith(b"HTTP/1.1 200"), size
+
+
+def test_connections_that_come_at_once_are_taken_in_few_turns_of_the_loop(app: Application) -> None:
+    async def turns(clients: int) -> int:
+        listener = Listener(app, "127.0.0.1", 0)
+        await listener.open()
+        with ExitStack() as stack:
+            for _ in range(clients):  # while the loop is blocked
+                client = stack.enter_context(socket.create_connection(("127.0.0.1", listener.port)))
+                client.sendall(b"GET / HTTP/1.1\r\nHost: tandem\r\n\r\n")
+            taken = 0
+            while len(app.asked) < clients:
+                await asyncio.sleep(0)
+                taken += 1
+        await listener.close()
+        return taken
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(asyncio.wait_for(turns(100), 10)) < 50
 
 
 def test_the_endpoint_speaks_through_it() -> None:

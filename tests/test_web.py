@@ -229,6 +229,38 @@ def test_a_full_lane_says_when_to_come_again() -> None:
         assert response.headers["retry-after"] == told
 
 
+@pytest.mark.parametrize("path", ["/predict", "/", "/v2/models/name/infer", "/v1/models/name:predict", "/invocations"])
+def test_an_endpoint_with_a_full_backlog_refuses_unread_until_there_is_room(path: str) -> None:
+    async def asked() -> tuple[httpx.Response, list[int]]:
+        came, free = asyncio.Semaphore(0), asyncio.Event()
+
+        async def wait() -> None:
+            came.release()
+            await free.wait()
+
+        async def unread() -> AsyncIterator[bytes]:
+            raise AssertionError("the body was read")
+            yield b""
+
+        app = build_app(Pool(wait), EndpointConfig(max_backlog=2))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tandem") as client:
+            waiting = []
+            for files in ([b"cat"], [b"cat"] * 3):  # there is some room for the second, so it is taken whole
+                waiting.append(asyncio.create_task(client.post("/predict", **_form(*files))))
+                await came.acquire()
+            refused = await client.post(path, content=unread())
+            free.set()
+            answers = [*await asyncio.gather(*waiting), await client.post("/predict", content=b"cat")]
+            return refused, [answer.status_code for answer in answers]
+
+    refused, statuses = asyncio.run(asyncio.wait_for(asked(), 10))
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "1"
+    told = refused.json()
+    assert told["error"] == told["detail"] == "the endpoint is full: 4 images wait; try again"
+    assert statuses == [200, 200, 200]
+
+
 def test_a_pool_that_fails_is_unavailable() -> None:
     response = _ask(_raises(PoolError("no replica answers")), "POST", "/predict", content=b"cat")
     assert _problem(response, 503) == "no replica answers"

@@ -17,6 +17,7 @@ from deployments.web.gate import Gate, document_keys
 from deployments.web.keys import Key, Keys
 from deployments.web.problems import answer_the_rest
 from deployments.web.scoring import Scorer, Service
+from deployments.web.shed import Shed
 from pipeline import __version__
 
 Jobs = Callable[[], Awaitable[list[dict[str, Any]]]]
@@ -63,6 +64,7 @@ def build_app(
         _add_jobs(app, jobs)
     answer_the_rest(app)
     keys, probes = Keys(map(Key.parse, config.keys), config.rate_per_s), [config.health_route or "/ping"]
+    app.add_middleware(Shed, service=service)
     app.add_middleware(Gate, keys=keys, open_routes=probes)
     if keys:
         document_keys(app, probes)

@@ -39,6 +39,7 @@ def routes(service: Service, fetcher: Fetcher) -> APIRouter:
                 "images are not fetched from URLs here: send the image, or have the hosts listed in image_url_hosts"
             )
             raise Problem(HTTPStatus.FORBIDDEN, detail)
+        service.check_room()
         (scored,) = await service.score_all([await fetcher.fetch(image_url)], Wanted(top_k=top_k))
         return JSONResponse({"predictions": scored.predictions}, headers={REPLICA_HEADER: scored.replica})
 

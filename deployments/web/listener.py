@@ -16,7 +16,10 @@ from starlette.types import ASGIApp
 from deployments.web.connections import Connection
 from pipeline.errors import UsageError
 
-BACKLOG = 1024
+BACKLOG = 1024  # of each socket
+SOCKETS = (
+    8  # at one port: uvloop accepts one connection from each in a turn of the loop, and turns take long under load
+)
 KEEP_ALIVE_S = 75  # longer than load balancers keep theirs (60 s): the end that closes first should be the client's
 IDLE_S = 2.0  # for clients that keep a connection to notice, by an answer, that this process goes
 POLL_S = 0.01
@@ -52,8 +55,10 @@ class Listener:
 
     def __init__(self, app: ASGIApp, host: str, port: int) -> None:
         """Binds, and does not listen yet. Raises `OSError`. Port 0 is one that is free."""
-        self._socket = _bound(host, port, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
-        self.port: int = self._socket.getsockname()[1]
+        options = socket.SO_REUSEADDR, socket.SO_REUSEPORT
+        self._sockets = [_bound(host, port, *options)]
+        self.port: int = self._sockets[0].getsockname()[1]
+        self._sockets += [_bound(host, self.port, *options) for _ in range(SOCKETS - 1)]
         config = uvicorn.Config(
             app,
             http=Connection,
@@ -78,7 +83,7 @@ class Listener:
 
     async def open(self) -> None:
         """Listens from now on."""
-        self._serving = asyncio.create_task(self._server.serve([self._socket]))
+        self._serving = asyncio.create_task(self._server.serve(self._sockets))
         while not self._server.started:
             if self._serving.done():
                 await self._serving
@@ -90,7 +95,8 @@ class Listener:
         An answer says that its connection ends with it; only one on which nothing comes is closed without.
         """
         if self._serving is None:
-            self._socket.close()
+            for one in self._sockets:
+                one.close()
             return
         for server in self._server.servers:
             server.close()

@@ -99,12 +99,13 @@ _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "requir
 def documented(shape: Shape, *statuses: int) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says of a route's errors.
 
-    A name in a path may be one that makes it the path of no route, or of another one: so 404 and 405 may also come in
-    problem+json.
+    A name in a path may be one that makes it the path of no route, or of another one, and an endpoint that is full
+    refuses before it looks at the route: so 404, 405 and 503 may also come in problem+json.
     """
     media, schema = (PROBLEM_JSON, _PROBLEM) if shape is problem_json else ("application/json", _ERROR)
     found = {status: {media: {"schema": schema}} for status in statuses}
+    for status in found.keys() & {404, 503}:
+        found[status] |= {PROBLEM_JSON: {"schema": _PROBLEM}}
     if 404 in found:
-        found[404] |= {PROBLEM_JSON: {"schema": _PROBLEM}}
         found[405] = {PROBLEM_JSON: {"schema": _PROBLEM}}
     return {status: {"description": HTTPStatus(status).phrase, "content": content} for status, content in found.items()}

@@ -76,6 +76,7 @@ class Service:
     def __init__(self, scorer: Scorer, config: EndpointConfig) -> None:
         self.config = config
         self._scorer = scorer
+        self._backlog = 0  # images
 
     async def score(
         self, images: Sequence[Image], wanted: Wanted, *, within_s: float = math.inf
@@ -84,8 +85,13 @@ class Service:
         if len(images) > self.config.max_images:
             detail = f"{len(images)} images, and a request may have {self.config.max_images} here; send fewer at a time"
             raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
+        self.check_room()  # also where there was some before the body was read
         within_s = min(within_s, self.config.timeout_s)
-        return await _answered(self._scorer.score(images, wanted, within_s), within_s) if images else []
+        self._backlog += len(images)
+        try:
+            return await _answered(self._scorer.score(images, wanted, within_s), within_s) if images else []
+        finally:
+            self._backlog -= len(images)
 
     async def score_all(self, images: Sequence[Image], wanted: Wanted, *, within_s: float = math.inf) -> list[Scored]:
         """The images' classes. Raises `Problem`, also where one of the images is none."""
@@ -96,6 +102,12 @@ class Service:
                 raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
             scored.append(one)
         return scored
+
+    def check_room(self) -> None:
+        """Raises `Problem` where so much waits that who asks should rather know at once."""
+        if self._backlog >= self.config.max_backlog:
+            detail = f"the endpoint is full: {self._backlog} images wait; try again"
+            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, **{"retry-after": "1"})
 
     @property
     def info(self) -> ModelInfo:
