@@ -1,19 +1,23 @@
-"""What one GPU gives: the model alone, decode, and images from JPEG files to scores. Under 8 minutes.
+"""What one GPU gives: the model alone, decode, images from JPEG files to scores, online beside a job. Under 8 minutes.
 
     python benchmarks/gpu.py                      # ViT-B/16 in bfloat16 on the GPU: writes results
     python benchmarks/gpu.py --device cpu --small # to see that it runs: a small model, few images, nothing is written
 
 The weights are random, which costs what trained ones cost. Steps that are run as CUDA graphs, and compiled ones, must
-give the scores of plain ones before they are timed.
+give the scores of plain ones before they are timed. Online requests come to the pool at random, up to a tenth of what a
+job alone scores; their latency counts from when they were due.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
+import random
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,7 +32,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script
 
 from benchmarks.photos import write_checkpoint, write_photos
-from benchmarks.results import write_results
+from benchmarks.results import percentile, write_results
+from jobs.receipts import Progress
 from pipeline.checkpoint import find_checkpoint
 from pipeline.decode import decode_image
 from pipeline.dispatcher import Scores
@@ -44,6 +49,7 @@ ENGINES = {
 }
 UNDER_WAY = 2  # steps, as the pool has
 PHOTOS, PER_TAR = 512, 1000
+ONLINE_SHARE, MOST_ONLINE_PER_S, ONLINE_WITHIN_S = 0.1, 100.0, 60.0
 SCORES_APART = {"bfloat16": 0.05, "float32": 1e-4}
 
 
@@ -91,7 +97,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     tell("from_memory", from_memory(classifiers[options.engines[-1]], files, sizes[-1], options.seconds))
     del classifiers, one  # the job has its own model
     if options.tar_images:
-        tell("from_tars", from_tars(folder, str(model), files, options))
+        for name, value in from_tars(folder, str(model), files, options).items():
+            tell(name, value)
     return found
 
 
@@ -210,12 +217,12 @@ def from_memory(one: Classifier, files: list[bytes], step: int, seconds: float) 
 
 
 def from_tars(folder: Path, model: str, files: list[bytes], options: argparse.Namespace) -> dict[str, Any]:
-    """A job of Tandem's, on a pool that runs."""
+    """A job of Tandem's on a pool that runs; then online requests alone, and beside the same job."""
     from deployments.cluster import local_ray, own_ray, start_serve
     from deployments.config import Config, PoolConfig
 
     own_ray()
-    from deployments.pool import bring_up
+    from deployments.pool import bring_up, pool_handle
     from jobs.run import prepare, run_job
     from jobs.spec import JobSpec
 
@@ -225,12 +232,60 @@ def from_tars(folder: Path, model: str, files: list[bytes], options: argparse.Na
         members = {f"{number:08}.jpg": files[number % len(files)] for number in numbers}
         (folder / "tars" / f"{start:08}.tar").write_bytes(tar_of(members))
     config = Config(pool=PoolConfig(dtype=options.dtype, device=options.device))
-    with local_ray():
+
+    def job(output: str, scoring: threading.Event) -> dict[str, Any]:
+        def watch(progress: Progress) -> None:
+            if progress.images:
+                scoring.set()
+
+        try:
+            spec = JobSpec(input=str(folder / "tars"), output=str(folder / output), model=model)
+            report = run_job(prepare(spec), config, watch).to_dict()
+            return {name: report[name] for name in ("images", "images_per_s", "seconds", "stage_seconds")}
+        finally:
+            scoring.set()
+
+    with local_ray(), ThreadPoolExecutor(1) as threads:
         start_serve()
-        bring_up(model, config.pool)
-        job = prepare(JobSpec(input=str(folder / "tars"), output=str(folder / "out"), model=model))
-        report = run_job(job, config).to_dict()
-    return {name: report[name] for name in ("images", "images_per_s", "seconds", "stage_seconds")}
+        info = bring_up(model, config.pool).info
+        pixels_NHWC = decode_image(files[0], info.transform)[None]
+        plain = job("plain", threading.Event())
+        per_s = min(ONLINE_SHARE * plain["images_per_s"], MOST_ONLINE_PER_S)
+
+        async def online(ended: Callable[[], bool]) -> dict[str, float | None]:
+            return await random_requests(pool_handle(model).score_online, pixels_NHWC, per_s, options.seconds, ended)
+
+        alone = asyncio.run(online(lambda: False))
+        scoring = threading.Event()
+        shared = threads.submit(job, "shared", scoring)
+        scoring.wait()
+        beside = asyncio.run(online(shared.done))
+        return {
+            "from_tars": plain,
+            "online_alone": alone,
+            "online_beside_job": beside,
+            "job_beside_online": shared.result(),
+        }
+
+
+async def random_requests(
+    ask: Any, pixels_NHWC: np.ndarray, per_s: float, seconds: float, ended: Callable[[], bool]
+) -> dict[str, float | None]:
+    """The latencies of requests for so long, or until it has `ended`."""
+    waiting, start_s = [], time.perf_counter()
+
+    async def one(due_s: float) -> float:
+        await ask.remote(pixels_NHWC, 5, ONLINE_WITHIN_S)
+        return (time.perf_counter() - due_s) * 1e3
+
+    await one(start_s)  # the first one makes the way
+    due_s = start_s = time.perf_counter()
+    while (due_s := due_s + random.expovariate(per_s)) < start_s + seconds and not ended():
+        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+        waiting.append(asyncio.create_task(one(due_s)))
+    latencies_ms = await asyncio.gather(*waiting)
+    p50_ms, p99_ms = (percentile(latencies_ms, share) if latencies_ms else None for share in (0.5, 0.99))
+    return {"per_s": round(per_s, 1), "requests": len(waiting), "p50_ms": p50_ms, "p99_ms": p99_ms}
 
 
 if __name__ == "__main__":

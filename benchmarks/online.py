@@ -239,7 +239,7 @@ class Traffic:
 
     async def ask(self, request: bytes) -> bytes:
         """The status and the headers of the answer, in lower case."""
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = self._kept() or await asyncio.open_connection("127.0.0.1", self._port)
         writer.write(request)
         head = await read_answer(reader)
         if len(self._idle) < CONNECTIONS and b"connection: close" not in head:
@@ -247,6 +247,15 @@ class Traffic:
         else:
             writer.close()
         return head
+
+    def _kept(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """A connection that the server has not closed meanwhile."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return None
 
     def close(self) -> None:
         """Leaves the connections on which nothing waits."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.batch import compared, summary
+from benchmarks.growth import further
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,6 +23,14 @@ def test_what_an_image_costs_is_what_the_further_ones_cost() -> None:
     assert (found["cpu_ms_per_image"], found["startup_s"], found["whole_s"]) == (4.0, 2.0, 15.0)
 
 
+def test_what_an_image_costs_is_told_from_one_size_to_the_next() -> None:
+    def rounds(seconds: float, cpu_s: float) -> list[dict[str, float]]:
+        return [{"seconds": seconds + late, "cpu_s": cpu_s} for late in (0.0, 5.0, -1.0)]
+
+    found = further({100: rounds(4.0, 2.0), 1100: rounds(6.0, 5.0), 3100: rounds(16.0, 11.0)})
+    assert found == {"100 to 1100": {"ms": 2.0, "cpu_ms": 3.0}, "1100 to 3100": {"ms": 5.0, "cpu_ms": 3.0}}
+
+
 def test_answers_that_differ_are_told() -> None:
     reference = {"a.jpg": ("cat", 0.5), "b.jpg": ("dog", 0.25)}
     found = {"a.jpg": ("cat", 0.75), "b.jpg": ("cow", 0.25)}
@@ -30,9 +39,11 @@ def test_answers_that_differ_are_told() -> None:
 
 def test_the_benchmark_of_a_gpu_runs_without_one() -> None:
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--small", "--dtype", "float32"]
-    limits = ["--engines", "eager", "graphs", "--seconds", "0.1", "--tar-images", "0"]
-    done = subprocess.run([*command, *limits], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    limits = ["--engines", "eager", "graphs", "--seconds", "0.1", "--tar-images", "96"]
+    done = subprocess.run([*command, *limits], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert {"model_eager", "model_graphs", "decode_threads", "decode_processes", "from_memory"} <= told.keys()
     assert all(rate > 0 for rate in told["model_graphs"].values())
+    assert told["from_tars"]["images"] == told["job_beside_online"]["images"] == 96
+    assert {"online_alone", "online_beside_job"} <= told.keys()

@@ -1,0 +1,98 @@
+"""What an image costs a job as jobs grow: 1,000, 10,000 and 100,000 images, on a pool that runs.
+
+    python benchmarks/growth.py            # some 10 minutes: writes results
+    python benchmarks/growth.py --rounds 1 --sizes 200 400
+
+Everything is real: tars of the digits that ship, their model, the pool, each output. Sizes take turns. A job costs its
+start, and then so much for each image: what the further ones cost from one size to the next, in seconds and in CPU time
+of all processes (Ray's too), would grow if anything in a job did work for all that went before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script
+
+from benchmarks.processes import cpu_s
+from benchmarks.results import write_results
+from benchmarks.scale import MODEL, write_input
+from deployments.cluster import local_ray, own_ray, start_serve
+from deployments.config import Config
+from jobs.spec import JobSpec
+
+SIZES = (1_000, 10_000, 100_000)
+IMAGES_PER_SHARD = 1_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="images, from few to many")
+    options = parser.parse_args()
+    own_ray()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = measure(Path(folder), tuple(options.sizes), options.rounds)
+    result = {"seconds": medians(runs, "seconds"), "further": further(runs)}
+    print(json.dumps(result, indent=1))
+    if tuple(options.sizes) == SIZES:
+        write_results("growth", {"rounds": options.rounds, **result, "runs": runs})
+
+
+def measure(folder: Path, sizes: tuple[int, ...], rounds: int) -> dict[int, list[dict[str, float]]]:
+    """Of each size its rounds, after a first job that is not measured."""
+    from deployments.pool import bring_up
+
+    for size in sizes:
+        shards = -(-size // IMAGES_PER_SHARD)
+        write_input(folder / str(size), shards, size // shards)
+    runs: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    with local_ray():
+        start_serve()
+        bring_up(MODEL, Config().pool)
+        one_job(folder, sizes[0], 0)
+        for number, size in itertools.product(range(1, rounds + 1), sizes):
+            runs[size].append(one_job(folder, size, number))
+            print(size, runs[size][-1], file=sys.stderr)
+    return runs
+
+
+def one_job(folder: Path, size: int, number: int) -> dict[str, float]:
+    """A whole job: its seconds, and CPU seconds of all processes."""
+    from jobs.run import prepare, run_job
+
+    before_s, started_s = cpu_s(os.getpid()), time.perf_counter()
+    spec = JobSpec(input=str(folder / str(size)), output=str(folder / f"out-{size}-{number}"), model=MODEL)
+    report = run_job(prepare(spec), Config())
+    took_s = time.perf_counter() - started_s
+    assert (report.images, report.errors) == (size, 0), report
+    return {"seconds": round(took_s, 2), "cpu_s": round(cpu_s(os.getpid()) - before_s, 2)}
+
+
+def further(runs: dict[int, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """What an image costs from one size to the next, in ms."""
+    told = {}
+    for few, many in itertools.pairwise(runs):
+        ms = {
+            kind: (medians(runs, kind)[many] - medians(runs, kind)[few]) / (many - few) * 1e3
+            for kind in ("seconds", "cpu_s")
+        }
+        told[f"{few} to {many}"] = {"ms": round(ms["seconds"], 3), "cpu_ms": round(ms["cpu_s"], 3)}
+    return told
+
+
+def medians(runs: dict[int, list[dict[str, float]]], kind: str) -> dict[int, float]:
+    """Of each size."""
+    return {size: statistics.median(one[kind] for one in rounds) for size, rounds in runs.items()}
+
+
+if __name__ == "__main__":
+    main()
