@@ -1,4 +1,4 @@
-"""Load that is too much is refused unread, at a tenth of what an answer costs: so those that are taken have theirs."""
+"""Load that is too much is refused unread, before a route is looked for: what it saves goes to those that are taken."""
 
 from __future__ import annotations
 
