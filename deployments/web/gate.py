@@ -14,7 +14,7 @@ from starlette.types import Scope as Connection
 
 from deployments.web.keys import Key, Keys, Scope
 from deployments.web.page import PARTS
-from deployments.web.problems import Problem, documented, problem_json
+from deployments.web.problems import Problem, documented, early_json, problem_json
 
 PAGE = {"/", "/docs", *(f"/{name}" for name in PARTS)}
 OPEN = PAGE | {"/healthz", "/readyz", "/ping", "/openapi.json", "/v2/health/live", "/v2/health/ready"}  # to GET
@@ -36,8 +36,7 @@ class Gate:
             try:
                 connection.setdefault("state", {})["key"] = self._admitted(connection).name
             except Problem as problem:
-                # with the `error` that the clients of other protocols look for
-                await problem_json(problem, error=problem.detail)(connection, receive, send)
+                await early_json(problem)(connection, receive, send)
                 return
         await self._app(connection, receive, send)
 

@@ -17,9 +17,7 @@ from deployments.web.connections import Connection
 from pipeline.errors import UsageError
 
 BACKLOG = 1024  # of each socket
-SOCKETS = (
-    8  # at one port: uvloop accepts one connection from each in a turn of the loop, and turns take long under load
-)
+SOCKETS = 8  # at one port: uvloop accepts one connection of each in a turn of its loop, which is long under load
 KEEP_ALIVE_S = 75  # longer than load balancers keep theirs (60 s): the end that closes first should be the client's
 IDLE_S = 2.0  # for clients that keep a connection to notice, by an answer, that this process goes
 POLL_S = 0.01

@@ -38,6 +38,11 @@ def problem_json(problem: Problem, **members: str) -> Response:
     return JSONResponse(content, problem.status, problem.headers, media_type=PROBLEM_JSON)
 
 
+def early_json(problem: Problem) -> Response:
+    """As what is refused before its route is known: with the `error` that the clients of other protocols look for."""
+    return problem_json(problem, error=problem.detail)
+
+
 def error_json(problem: Problem) -> Response:
     """As Hugging Face, the Open Inference Protocol and TensorFlow Serving say it."""
     return JSONResponse({"error": problem.detail}, problem.status, problem.headers)

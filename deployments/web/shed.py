@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.web.problems import Problem, problem_json
+from deployments.web.problems import Problem, early_json
 from deployments.web.scoring import Service
 
 
@@ -20,7 +20,6 @@ class Shed:
             try:
                 self._service.check_room()
             except Problem as problem:
-                # with the `error` that the clients of other protocols look for
-                await problem_json(problem, error=problem.detail)(scope, receive, send)
+                await early_json(problem)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
