@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
-from benchmarks.processes import cpu_s, family, stop
+import psutil
+
+from benchmarks.processes import Cpu, family, stop
 
 # The class of each image and its score, by the name of its file
 Answers: TypeAlias = dict[str, tuple[str, float]]
@@ -57,14 +59,13 @@ class Contender:
     def run(self, folder: str) -> dict[str, Any]:
         """What a run over the folder's images told, with its `cpu_s` in all processes."""
         self.wake()
-        before_s = cpu_s(self._process.pid)
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(folder).encode() + b"\n")
-        self._process.stdin.flush()
-        told = self._told()
-        used_s = cpu_s(self._process.pid) - before_s
+        with Cpu(self._process.pid) as cpu:
+            self._process.stdin.write(json.dumps(folder).encode() + b"\n")
+            self._process.stdin.flush()
+            told = self._told()
         self._signal(signal.SIGSTOP)
-        return {**told, "cpu_s": used_s}
+        return {**told, "cpu_s": cpu.used_s}
 
     def wait_ready(self) -> None:
         """Waits until it is, and stops it."""
@@ -76,9 +77,9 @@ class Contender:
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
-        for pid in list(family(self._process.pid)):
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
+        for process in family(self._process.pid):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def _told(self) -> dict[str, Any]:
         """The next that it tells."""

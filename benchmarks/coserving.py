@@ -45,6 +45,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script, and uses what the tests do
 
 from benchmarks.accelerator import MAX_STEP, Accelerator, step_ms
+from benchmarks.arrivals import arrivals
 from benchmarks.results import percentile, write_results
 from deployments.cluster import local_ray, own_ray, start_serve
 from pipeline.dispatcher import Dispatcher, Scores
@@ -207,19 +208,17 @@ async def measure(arm: str, setting: Setting, handles: list[Any], seed: int) -> 
 async def crowd(setting: Setting, handles: list[Any], seed: int) -> list[float]:
     """Sends requests at random times, and gives the ms that each took from the time it was due."""
     rng, tasks, images_NHWC = random.Random(seed), [], setting.device.images(setting.request_images)
-    start_s = time.monotonic() + 0.1
-    due_s = start_s
-    while (due_s := due_s + rng.expovariate(setting.requests_per_s)) < start_s + setting.seconds:
-        await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+    counts_s = time.perf_counter() + WARM_S
+    async for due_s in arrivals(setting.requests_per_s, setting.seconds, rng):
         tasks.append(asyncio.create_task(ask(rng.choice(handles), images_NHWC, due_s)))
     took_ms = await asyncio.gather(*tasks)
-    return [one for due_s, one in took_ms if due_s >= start_s + WARM_S]
+    return [one for due_s, one in took_ms if due_s >= counts_s]
 
 
 async def ask(handle: Any, images_NHWC: np.ndarray, due_s: float) -> tuple[float, float]:
     """When the request was due, and the ms from then to its answer."""
     await handle.score_online.remote(images_NHWC, 1, 1e9)
-    return due_s, (time.monotonic() - due_s) * 1e3
+    return due_s, (time.perf_counter() - due_s) * 1e3
 
 
 async def keep_busy(handle: Any, device: Device) -> None:

@@ -31,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script
 
+from benchmarks.arrivals import arrivals
 from benchmarks.photos import write_checkpoint, write_photos
 from benchmarks.results import percentile, write_results
 from jobs.receipts import Progress
@@ -279,9 +280,9 @@ async def random_requests(
         return (time.perf_counter() - due_s) * 1e3
 
     await one(time.perf_counter())  # the first one makes the way, and is not counted
-    due_s = start_s = time.perf_counter()
-    while (due_s := due_s + random.expovariate(per_s)) < start_s + seconds and not ended():
-        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+    async for due_s in arrivals(per_s, seconds, random.Random()):
+        if ended():
+            break
         waiting.append(asyncio.create_task(one(due_s)))
     latencies_ms = await asyncio.gather(*waiting)
     p50_ms, p99_ms = (percentile(latencies_ms, share) if latencies_ms else None for share in (0.5, 0.99))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script
 
-from benchmarks.processes import cpu_s
+from benchmarks.processes import Cpu
 from benchmarks.results import write_results
 from benchmarks.scale import MODEL, write_input
 from deployments.cluster import local_ray, own_ray, start_serve
@@ -69,12 +69,13 @@ def one_job(folder: Path, size: int, number: int) -> dict[str, float]:
     """A whole job: its seconds, and CPU seconds of all processes."""
     from jobs.run import prepare, run_job
 
-    before_s, started_s = cpu_s(os.getpid()), time.perf_counter()
     spec = JobSpec(input=str(folder / str(size)), output=str(folder / f"out-{size}-{number}"), model=MODEL)
-    report = run_job(prepare(spec), Config())
-    took_s = time.perf_counter() - started_s
+    with Cpu(os.getpid()) as cpu:
+        started_s = time.perf_counter()
+        report = run_job(prepare(spec), Config())
+        took_s = time.perf_counter() - started_s
     assert (report.images, report.errors) == (size, 0), report
-    return {"seconds": round(took_s, 2), "cpu_s": round(cpu_s(os.getpid()) - before_s, 2)}
+    return {"seconds": round(took_s, 2), "cpu_s": round(cpu.used_s, 2)}
 
 
 def further(runs: dict[int, list[dict[str, float]]]) -> dict[str, dict[str, float]]:

@@ -24,8 +24,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script
 
+from benchmarks.arrivals import arrivals
 from benchmarks.online import IMAGE, P99_MS, Traffic, crowd, request_of, serving
 from benchmarks.processes import family
 from benchmarks.results import percentile, write_results
@@ -55,9 +58,7 @@ class Load:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._bad_clients())
             group.create_task(self._watch_memory())
-            due_s = time.perf_counter()
-            while (due_s := due_s + random.expovariate(per_s)) < self._ends_s:
-                await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+            async for due_s in arrivals(per_s, self._ends_s - self._started_s, random.Random()):
                 group.create_task(self._request(due_s))
         self._traffic.close()
 
@@ -98,24 +99,24 @@ class Load:
 
     async def _watch_memory(self) -> None:
         while time.perf_counter() < self._ends_s:
-            self.memory_mb.append({name: rss_mb(pid) for name, pid in actors(self._server).items()})
+            self.memory_mb.append({name: rss_mb(process) for name, process in actors(self._server).items()})
             await asyncio.sleep(MEMORY_EVERY_S)
 
 
-def actors(server: int) -> dict[str, int]:
+def actors(server: int) -> dict[str, psutil.Process]:
     """The processes of the endpoint and of the pool's replica."""
     found = {}
-    for pid in family(server):
-        title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
-        if title.startswith("ray::ServeReplica:"):
-            found["endpoint" if ":tandem-http:" in title else "replica"] = pid
+    for process in family(server):
+        with suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::ServeReplica:"):
+                found["endpoint" if ":tandem-http:" in title else "replica"] = process
     return found
 
 
-def rss_mb(pid: int) -> float:
+def rss_mb(process: psutil.Process) -> float:
     """Its resident memory."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return round(int(status.partition("VmRSS:")[2].split()[0]) / 1024, 1)
+    return round(process.memory_info().rss / 2**20, 1)
 
 
 def capacity_per_s(port: int) -> int:

@@ -38,7 +38,8 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a script
 
-from benchmarks.processes import cpu_s, stop
+from benchmarks.arrivals import arrivals
+from benchmarks.processes import Cpu, stop
 from benchmarks.results import percentile, write_results
 from jobs.corpus import digits, encode
 from jobs.models import shipped
@@ -160,13 +161,13 @@ def measure(system: str, port: int, server: int, seconds: float) -> dict[str, An
     request, loops, rates = request_of(system), {}, {}
     asyncio.run(crowd(port, request, 8, WARM_S))
     for clients in CLIENTS:
-        before_s = cpu_s(server)
-        latencies_ms, took_s = asyncio.run(crowd(port, request, clients, seconds))
+        with Cpu(server) as cpu:
+            latencies_ms, took_s = asyncio.run(crowd(port, request, clients, seconds))
         loops[str(clients)] = {
             "requests_per_s": round(len(latencies_ms) / took_s, 1),
             "p50_ms": percentile(latencies_ms, 0.5),
             "p99_ms": percentile(latencies_ms, 0.99),
-            "cpu_ms_per_request": round((cpu_s(server) - before_s) / len(latencies_ms) * 1e3, 2),
+            "cpu_ms_per_request": round(cpu.used_s / len(latencies_ms) * 1e3, 2),
         }
     for rate in RATES:
         latencies_ms = asyncio.run(Traffic(port).run(request, rate, seconds))
@@ -220,16 +221,15 @@ class Traffic:
         latencies_ms: list[float] = []
         waiting: set[asyncio.Task[None]] = set()
         randoms = random.Random(per_s)  # the same for each system
-        due_s = time.perf_counter()
-        ends_s = due_s + seconds
 
         async def one(due_s: float) -> None:
             head = await self.ask(request)
             assert b" 200 " in head.split(b"\r\n", 1)[0], head
             latencies_ms.append((time.perf_counter() - due_s) * 1e3)
 
-        while (due_s := due_s + randoms.expovariate(per_s)) < ends_s and len(waiting) < MOST_WAITING:
-            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+        async for due_s in arrivals(per_s, seconds, randoms):
+            if len(waiting) >= MOST_WAITING:
+                break
             waiting.add(task := asyncio.create_task(one(due_s)))
             task.add_done_callback(waiting.discard)
         fell_behind = len(waiting) >= MOST_WAITING
