@@ -40,6 +40,9 @@ from pipeline.transform import ImageTransform
 # endpoint): where nodes die, what is left over beside it must still have room for a decoder, or the job would wait for
 # ever.
 READ_CPUS, DECODE_CPUS = 0.1, 0.9
+# A model on CPUs takes all cores, and while it waits for images it takes none: then the few decoders that fit beside it
+# would leave some idle.
+FEW_DECODERS, THREADS_OF_FEW = 3, 2
 LOWEST_PRIORITY = 19
 REPLICAS_PER_CALLER = 4
 WINDOW = 4  # chunks under way for each replica: enough to hide a call's latency, few enough for its lane
@@ -107,7 +110,7 @@ class DataPath:
                 concurrency=max(1, decoders // 4),
             )
             .map_batches(
-                partial(_decode, self.transform),
+                partial(_decode, self.transform, THREADS_OF_FEW if decoders <= FEW_DECODERS else 1),
                 batch_size=1,
                 batch_format="pyarrow",
                 zero_copy_batch=True,
@@ -242,13 +245,13 @@ def _check_carried(found: pa.Schema, planned: pa.Schema, shard_name: str) -> Non
             raise ShardError(f"{shard_name}: column {name!r} is {other} here, but {kind} in the job's first shard")
 
 
-def _decode(transform: ImageTransform, table: pa.Table) -> pa.Table:
+def _decode(transform: ImageTransform, threads: int, table: pa.Table) -> pa.Table:
     give_way()
     started = time.perf_counter()
     (row,) = table.drop_columns("images").to_pylist()
     encoded = _only(table["images"]).flatten()
-    images = (image.as_py() for image in encoded)
-    decoded = decode_isolated(list(images), transform) if _suspect() else decode_each(images, transform)
+    images = [image.as_py() for image in encoded]
+    decoded = decode_isolated(images, transform) if _suspect() else decode_each(images, transform, threads)
     pixels_NHWC, errors = _pixels(decoded, len(encoded), transform)
     if len(pixels_NHWC) < len(encoded):
         row["rows"] = to_ipc(with_errors(from_ipc(row["rows"]), "decode", errors))

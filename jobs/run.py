@@ -334,15 +334,30 @@ def _receipts(path: DataPath, work: list[tuple[Shard, frozenset[int]]], pool: Po
     try:
         yield from path.receipts(work, pool)
     except RayTaskError as error:
-        cause: BaseException | None = error
-        # Ray's wrapper is of the wrapped error's kind as well
-        while cause is not None and (isinstance(cause, RayTaskError) or not isinstance(cause, TandemError)):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is not None:
-            raise type(cause)(str(cause).splitlines()[0]) from error  # Ray adds lines on how to retry
-        raise JobError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
+        causes = [*_causes(error)] or [error]
+        for cause in causes:
+            if isinstance(cause, TandemError):
+                raise type(cause)(_first_line(cause)) from error
+        kind, reason = type(causes[-1]).__name__, _first_line(causes[-1])
+        raise JobError(f"a worker failed: {kind}{reason and ': '}{reason}") from error
     except RayError as error:
-        raise JobError(f"the cluster failed: {str(error).strip().splitlines()[0]}") from error
+        raise JobError(f"the cluster failed: {_first_line(error)}") from error
+
+
+def _causes(error: RayTaskError) -> Iterator[BaseException]:
+    """What was raised in the worker, and what that came from, without Ray's wrappers."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, RayTaskError):  # which may be of the wrapped error's kind as well
+            cause = cause.cause
+        else:
+            yield cause
+            cause = cause.__cause__
+
+
+def _first_line(error: BaseException) -> str:
+    """Ray Data adds lines on how to retry."""
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _finished(plan: Plan, store: Store) -> Report:

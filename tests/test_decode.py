@@ -27,7 +27,7 @@ from transformers import AutoImageProcessor
 from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
 from transformers.image_utils import ChannelDimension, load_image
 
-from pipeline.decode import decode_image
+from pipeline.decode import decode_each, decode_image
 from pipeline.errors import ImageError, ModelError
 from pipeline.transform import ImageTransform, transform_of
 from tests.images import ARITHMETIC_JPEG, bad_images, encode, icon_of, jpeg_of_scans, real_images
@@ -489,6 +489,21 @@ def test_a_mutated_image_decodes_or_is_an_image_error() -> None:
         except ImageError:
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 200
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
+def test_threads_give_the_same_in_the_same_order(count: int) -> None:
+    images = ([real_images()["rocket.jpg"], b"no image", real_images()["horse.png"]] * 3)[:count]
+
+    found = [list(decode_each(images, VIT, threads)) for threads in (1, 2, 3)]
+
+    for results in found:
+        assert len(results) == count
+        for image, result in zip(images, results, strict=True):
+            if isinstance(result, ImageError):
+                assert image == b"no image"
+            else:
+                assert np.array_equal(result, decode_image(image, VIT))
 
 
 def test_decoding_imports_neither_torch_nor_transformers() -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray.exceptions import RayTaskError
 
-from deployments.config import Config
+from deployments.config import Config, PoolConfig
 from jobs import lease, run
 from jobs.commit import commit_shard
 from jobs.plan import Plan, find_input, make_plan, write_plan
@@ -22,7 +22,7 @@ from jobs.receipts import Receipt
 from jobs.run import prepare, run_job
 from jobs.spec import JobPaths, JobSpec
 from pipeline.chunks import ChunkLimits, chunks, to_ipc
-from pipeline.errors import Denied, JobError, OutputConflict, StorageError
+from pipeline.errors import Denied, JobError, OutputConflict, StorageError, TandemError
 from pipeline.inputs import Columns, open_reader
 from pipeline.local import LocalStore
 from pipeline.model_info import ModelInfo
@@ -122,16 +122,25 @@ def test_an_error_file_of_an_earlier_try_does_not_outlive_it(spec: JobSpec) -> N
     assert names_in(job.store) == ["a.parquet"]
 
 
-def test_an_error_of_a_worker_comes_as_it_was_raised(spec: JobSpec) -> None:
+@pytest.mark.parametrize(
+    ("raised", "kind", "told"),
+    [
+        (Denied("the disk is full"), Denied, "the disk is full"),
+        (TypeError("no such argument"), JobError, "a worker failed: TypeError: no such argument"),
+        (MemoryError(), JobError, "a worker failed: MemoryError"),
+    ],
+)
+def test_an_error_of_a_worker_is_told_in_its_own_words(raised: Exception, kind: type[TandemError], told: str) -> None:
     class Path:
-        def receipts(self, work: object, replicas: int) -> Iterator[Receipt]:
-            advice = "the disk is full\nTo change retry attempts, configure Ray"  # as Ray Data adds it
-            raise RayTaskError("map", "a stack", Denied(advice)).as_instanceof_cause()
+        def receipts(self, work: object, pool: object) -> Iterator[Receipt]:
+            advice = "\nTo change retry attempts, configure Ray"  # as Ray Data adds it
+            raised.args = (f"{raised}{advice}",) if raised.args else ()
+            raise RayTaskError("map", "a stack", raised).as_instanceof_cause()
             yield
 
-    with pytest.raises(Denied, match=r"^the disk is full$") as caught:
-        list(run._receipts(Path(), [], 1))  # type: ignore[arg-type]
-    assert type(caught.value) is Denied
+    with pytest.raises(TandemError) as caught:
+        list(run._receipts(Path(), [], PoolConfig()))  # type: ignore[arg-type]
+    assert (type(caught.value), str(caught.value)) == (kind, told)
 
 
 def test_a_stage_that_is_gone_without_an_output_is_told(spec: JobSpec) -> None:
