@@ -7,6 +7,7 @@ a driver told last is left out once it is old, as that of a driver that was kill
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,22 +17,40 @@ from typing import Any
 from ray.experimental import internal_kv
 
 NAMESPACE = "tandem"
+AGAIN_S = 20.0
 STALE_S = 60.0  # more than clocks of a cluster's nodes differ
 
 
 @contextmanager
 def posted(**job: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that posts how far the job is; what is posted is taken down as the context ends."""
-    key = f"job:{uuid.uuid4().hex}"
+    """A function that posts how far the job is. That stays posted, and is taken down as the context ends.
+
+    A job may be silent for long: while nodes come for its pool, for one.
+    """
+    key, last, ended = f"job:{uuid.uuid4().hex}", {}, threading.Event()
 
     def post(progress: Mapping[str, Any]) -> None:
-        entry = {**job, **progress, "told_at_s": time.time()}
-        with suppress(Exception):  # a job does not end because nobody can watch it
-            internal_kv._internal_kv_put(key, json.dumps(entry), namespace=NAMESPACE)
+        nonlocal last
+        last = {**job, **progress}
+        tell()
 
+    def tell() -> None:
+        with suppress(Exception):  # a job does not end because nobody can watch it
+            entry = json.dumps({**last, "told_at_s": time.time()})
+            internal_kv._internal_kv_put(key, entry, namespace=NAMESPACE)
+
+    def go_on() -> None:
+        while not ended.wait(AGAIN_S):
+            if last:
+                tell()
+
+    thread = threading.Thread(target=go_on, name="tandem-board", daemon=True)
+    thread.start()
     try:
         yield post
     finally:
+        ended.set()
+        thread.join()
         with suppress(Exception):
             internal_kv._internal_kv_del(key, namespace=NAMESPACE)
 

@@ -31,7 +31,19 @@ from deployments.channels.pool import Channels
 from deployments.coalescing import Coalescer
 from deployments.config import Config, EndpointConfig
 from deployments.metrics import EndpointMetrics, gather_metrics
-from deployments.pool import CONNECT_TIMEOUT_S, QUIET, Running, deploy, pool_handle, wait_running, wait_warm
+from deployments.pool import (
+    CONNECT_TIMEOUT_S,
+    POLL_S,
+    QUIET,
+    Running,
+    app_name,
+    deploy,
+    end_unused,
+    pool_handle,
+    take_down,
+    wait_running,
+    wait_warm,
+)
 from deployments.status import Recent, Status
 from deployments.traces import check_traces, traces_to
 from deployments.web import access
@@ -245,12 +257,38 @@ async def _answer(ask: Callable[[], Any]) -> Any:
 def serve_model(model: str, host: str, port: int, config: Config) -> Running:
     """Brings up the pool of `model` with the endpoint in front of it, and waits until both answer.
 
+    An endpoint that runs is replaced once that pool is warm, so that one that does not come up costs no request. Then
+    pools that nobody uses any more are ended: the former model's, and what a job's driver left that was killed.
+
     Raises `ModelError`, `PoolFailed`, and `UsageError` where another listens at that address, or traces cannot be sent.
     """
     if config.endpoint.traces_to:
         check_traces()
-    if APP not in serve.status().applications:
+    running_apps, timeout_s = serve.status().applications, config.pool.startup_timeout_s
+    first = APP not in running_apps
+    if first:
         check_free(host, port)
+    deploy(model, config.pool)
+    try:
+        if first:  # the pool and its endpoint load at the same time
+            _deploy_endpoint(model, host, port, config)
+        running = wait_warm(model, timeout_s)
+    except TandemError:
+        if first:
+            serve.delete(APP)
+        if app_name(model) not in running_apps:
+            take_down(model)
+        raise
+    if not first:
+        _deploy_endpoint(model, host, port, config)
+    wait_running(APP, timeout_s)
+    _wait_drained(timeout_s)
+    end_unused([model, *(job["model"] for job in running_jobs())])
+    return running
+
+
+def _deploy_endpoint(model: str, host: str, port: int, config: Config) -> None:
+    """Has Serve start the endpoint, and does not wait for it."""
     where = {} if config.endpoint.nodes == "any" else {HEAD_NODE: 0.001}
     deployment = serve.deployment(
         name=DEPLOYMENT,
@@ -265,15 +303,16 @@ def serve_model(model: str, host: str, port: int, config: Config) -> Running:
     # of the pool's configuration what it needs alone: Serve replaces a deployment whose arguments change
     pool = config.pool
     application = deployment.bind(model, host, port, config.endpoint, pool.startup_timeout_s, pool.replicas == 0)
-    deploy(model, pool)
     serve.run_many([RunTarget(application, name=APP, route_prefix=None)], wait_for_applications_running=False)
-    try:
-        running = wait_warm(model, config.pool.startup_timeout_s)
-    except TandemError:
-        serve.delete(APP)
-        raise
-    wait_running(APP, config.pool.startup_timeout_s)
-    return running
+
+
+def _wait_drained(timeout_s: float) -> None:
+    """Waits until the endpoint's former processes, whose pool may be another, have answered what they were asked."""
+    ends_s = time.monotonic() + timeout_s
+    while "STOPPING" in serve.status().applications[APP].deployments[DEPLOYMENT].replica_states:
+        if time.monotonic() > ends_s:
+            raise PoolFailed(f"the former endpoint has not stopped after {timeout_s:.0f} s")
+        time.sleep(POLL_S)
 
 
 def stop_serving() -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ from pipeline.lanes import Lane
 from pipeline.model_info import ModelInfo
 from pipeline.steps import StepTimes
 
-DEPLOYMENT = "pool"
+APP, DEPLOYMENT = "tandem-pool-", "pool"
 QUIET = LoggingConfig(enable_access_log=False)  # Serve's line for each call costs more than it tells
 ROUTER, POLICY = "deployments.routing.LaneRouter", "deployments.autoscaling.LanePolicy"  # Serve imports them
 # Serve counts both lanes' calls together and makes callers of a full replica wait with back-off, so this must never
@@ -165,7 +166,7 @@ class ModelReplica:
 def app_name(model: str) -> str:
     """The Serve application that holds the pool of `model` (a hub id, or an absolute path)."""
     slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(model.rstrip("/")).lower()).strip("-")
-    return f"tandem-pool-{slug[:40]}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+    return f"{APP}{slug[:40]}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
 def attach(model: str) -> Running | None:
@@ -266,6 +267,14 @@ def cpus_to_come(model: str, config: PoolConfig) -> float:
 def take_down(model: str) -> None:
     """Ends the pool of `model`, if there is one."""
     serve.delete(app_name(model))
+
+
+def end_unused(used: Iterable[str]) -> None:
+    """Ends the pools of all models but these."""
+    kept = {app_name(model) for model in used}
+    for app in serve.status().applications:
+        if app.startswith(APP) and app not in kept:
+            serve.delete(app)
 
 
 def pool_handle(model: str) -> DeploymentHandle[Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ from playwright.sync_api import expect
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
 from deployments.endpoint import _answer
+from deployments.pool import APP as POOLS
+from deployments.pool import app_name
 from jobs.corpus import digits, encode, write_shards
 from pipeline.errors import PoolFailed
 from tests.browser import chromium
 from tests.cluster import OPEN, Cluster, clean_environment
-from tests.command import MODEL, submitting, tandem
+from tests.command import MODEL, Done, submitting, tandem
 
 
 class Call:
@@ -186,36 +190,66 @@ def test_the_page_shows_the_pool_and_how_far_a_job_is(address: str, endpoint: st
     assert requests.endswith(" ms")
 
 
-def test_an_endpoint_is_replaced_under_requests_without_an_error(address: str, endpoint: str, tmp_path: Path) -> None:
+def test_an_endpoint_is_replaced_under_requests_without_an_error_and_the_former_pool_is_ended(
+    address: str, endpoint: str, tmp_path: Path
+) -> None:
     """Here, and not only at its listener: the new process must listen before Serve ends the former."""
-    config = tmp_path / "changed.yaml"
+    other, config = str(shutil.copytree(MODEL, tmp_path / "other")), tmp_path / "changed.yaml"
     config.write_text("endpoint:\n  max_images: 63\n")
     many = [("image", b"bad")] * 64
-    _, file = encode(digits()[0])
-    replaced, failures = threading.Event(), []
+    assert httpx.post(f"{endpoint}/predict", files=many).status_code == 200
+    with _requests(endpoint) as failures:
+        mistaken = _serve(str(tmp_path / "missing"), address, endpoint)
+        assert mistaken.code == 1
+        assert "no such folder" in mistaken.err
+        assert _pools(address) == {app_name(MODEL)}
+
+        served = _serve(other, address, endpoint, "--config", str(config))
+        assert served.code == 0, served.err
+        assert httpx.post(f"{endpoint}/predict", files=many).status_code == 413
+        assert _pools(address) == {app_name(other)}
+
+        served = _serve(MODEL, address, endpoint)  # back, for the tests that follow
+        assert served.code == 0, served.err
+        assert httpx.post(f"{endpoint}/predict", files=many).status_code == 200
+        assert _pools(address) == {app_name(MODEL)}
+    assert failures == []
+
+
+def _serve(model: str, address: str, endpoint: str, *options: str) -> Done:
+    """`tandem serve`, where the endpoint runs."""
+    port = str(httpx.URL(endpoint).port)
+    return tandem("serve", "--model", model, "--port", port, "--address", address, *options)
+
+
+def _pools(address: str) -> set[str]:
+    """The Serve applications that are pools."""
+    told = httpx.get(f"{address}/api/serve/applications/", timeout=30).raise_for_status().json()
+    return {name for name in told["applications"] if name.startswith(POOLS)}
+
+
+@contextmanager
+def _requests(endpoint: str) -> Iterator[list[httpx.HTTPError]]:
+    """Clients that ask all the while; what they are told of errors."""
+    ended, failures, (_, file) = threading.Event(), list[httpx.HTTPError](), encode(digits()[0])
 
     def ask() -> None:
         with httpx.Client(base_url=endpoint, timeout=60) as client:
-            while not replaced.is_set():
+            while not ended.is_set():
                 try:
                     client.post("/predict", content=file).raise_for_status()
                 except httpx.HTTPError as error:
                     failures.append(error)
 
-    assert httpx.post(f"{endpoint}/predict", files=many).status_code == 200
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:
         thread.start()
     try:
-        port = str(httpx.URL(endpoint).port)
-        served = tandem("serve", "--model", MODEL, "--port", port, "--config", str(config), "--address", address)
-        _until(lambda: httpx.post(f"{endpoint}/predict", files=many).status_code == 413)
+        yield failures
     finally:
-        replaced.set()
+        ended.set()
         for thread in threads:
             thread.join()
-    assert served.code == 0, served.err
-    assert failures == []
 
 
 def test_a_client_that_hangs_up_is_not_scored(shared_cluster: Cluster, endpoint: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from deployments import status
+from deployments import board, status
 from deployments.board import STALE_S, current
 from deployments.status import LATELY_S, Recent, Status
 from tests.test_web import Pool
@@ -71,6 +73,27 @@ def test_a_watcher_that_leaves_does_not_end_what_others_wait_for(monkeypatch: py
         assert (await stays)["replicas"] == []
 
     asyncio.run(test())
+
+
+def test_a_job_stays_posted_while_it_has_nothing_to_tell_and_is_taken_down_at_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store: dict[str, bytes] = {}
+    kv = SimpleNamespace(
+        _internal_kv_put=lambda key, entry, namespace: store.update({key: entry}),
+        _internal_kv_del=lambda key, namespace: store.pop(key),
+        _internal_kv_list=lambda prefix, namespace: [key for key in store if key.startswith(prefix)],
+        _internal_kv_get=lambda key, namespace: store[key],
+    )
+    monkeypatch.setattr(board, "internal_kv", kv)
+    monkeypatch.setattr(board, "AGAIN_S", 0.01)
+    monkeypatch.setattr(board, "STALE_S", 0.3)
+    with board.posted(output="out") as post:
+        assert board.running_jobs() == []
+        post({"phase": "pool", "elapsed_s": 0.0})
+        time.sleep(0.6)
+        assert board.running_jobs() == [{"output": "out", "phase": "pool", "elapsed_s": 0.0}]
+    assert board.running_jobs() == []
 
 
 def test_a_job_whose_driver_is_silent_is_left_out_and_the_oldest_comes_first() -> None:
