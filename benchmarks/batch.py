@@ -1,6 +1,6 @@
 """A batch of JPEG files, scored by Tandem, by what people would take instead, and by the model alone.
 
-    python benchmarks/batch.py                 # writes results; more than an hour on 2 cores
+    python benchmarks/batch.py                 # writes results; half an hour on 2 cores
     python benchmarks/batch.py --quick --json  # under 5 minutes; one JSON object as the last line
 
 Every contender is a process that is started first and stays; then they take turns, in each round with a few images and
@@ -41,8 +41,8 @@ BUCKET = "photos"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--few", type=int, default=500, help="images of a round's short runs")
-    parser.add_argument("--many", type=int, default=2000, help="images of a round's long runs")
+    parser.add_argument("--few", type=int, default=250, help="images of a round's short runs")
+    parser.add_argument("--many", type=int, default=1000, help="images of a round's long runs")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--only", nargs="+", default=ALL, choices=ALL, help="these alone; nothing is written")
     parser.add_argument("--s3", action="store_true", help="Tandem also from Ceph's radosgw, which must be installed")

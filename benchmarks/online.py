@@ -1,6 +1,6 @@
 """The endpoint beside what people would serve a model with instead, on this machine, with the small model that ships.
 
-    python benchmarks/online.py            # some 35 minutes: writes results
+    python benchmarks/online.py            # half an hour: writes results
     python benchmarks/online.py --json     # the same, with one JSON object as the last line
 
 Tandem, LitServe with its own batching, FastAPI with a pipeline of transformers, and Ray Serve with `@serve.batch` (with
@@ -64,7 +64,7 @@ BOUNDARY = "of-the-benchmark"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=8.0, help="at each number of clients")
+    parser.add_argument("--seconds", type=float, default=4.0, help="at each number of clients")
     parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=SYSTEMS)
     parser.add_argument("--devices", nargs="+", default=tuple(DEVICES), choices=tuple(DEVICES))
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
