@@ -46,8 +46,8 @@ class Load:
 
     def __init__(self, port: int, server: int, seconds: float) -> None:
         self._port, self._server, self._traffic = port, server, Traffic(port)
-        self._ends_s = time.perf_counter() + seconds
         self._started_s = time.perf_counter()
+        self._ends_s = self._started_s + seconds
         self.good: defaultdict[int, Counter[str]] = defaultdict(Counter)  # statuses by minute
         self.bad: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self.unconnected: Counter[str] = Counter()  # bad clients that got no connection

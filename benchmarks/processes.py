@@ -14,9 +14,12 @@ LOOK_EVERY_S = 0.5
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """The process, and all that it and they started."""
-    root = psutil.Process(pid)
-    return [root, *root.children(recursive=True)]
+    """The process, and all that it and they started; nobody once it has ended."""
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -25,7 +28,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     if process.stdin:
         process.stdin.close()
     else:
-        tree[0].send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(PATIENCE_S)
     for one in tree:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.batch import compared, summary
 from benchmarks.growth import further
+from benchmarks.processes import Cpu, family, stop
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +36,30 @@ def test_answers_that_differ_are_told() -> None:
     reference = {"a.jpg": ("cat", 0.5), "b.jpg": ("dog", 0.25)}
     found = {"a.jpg": ("cat", 0.75), "b.jpg": ("cow", 0.25)}
     assert compared(found, reference) == "1 of 2 labels as the loop's, scores within 0.2"
+
+
+def test_what_a_process_used_that_ended_unwaited_for_is_counted() -> None:
+    burn = "import time\nwhile time.process_time() < 2: pass"
+    code = (
+        "import signal, subprocess, sys\n"
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"  # as Ray's raylet does: the kernel adds the time to nobody's
+        f"subprocess.Popen([sys.executable, '-c', {burn!r}]).wait()\n"
+        "print('done', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        with Cpu(parent.pid) as cpu:
+            assert parent.stdout.readline() == b"done\n"
+        stop(parent)
+    assert 1.0 < cpu.used_s < 3.0
+
+
+def test_what_has_ended_already_may_be_stopped() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+        stop(ended)
+    assert family(ended.pid) == []
 
 
 def test_the_benchmark_of_a_gpu_runs_without_one() -> None:
