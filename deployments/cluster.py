@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deployments.scheduling import behind_others
+
 # Read by Ray as it is imported and as it starts; what the user has set stays.
 _QUIET = {
     "RAY_DEDUP_LOGS": "0",
@@ -40,6 +42,10 @@ def own_ray() -> None:
     # Ray starts a worker at priority 0 and lowers it to 15 once it is up: on few cores each new worker of a job would
     # stop the replicas for half a second. With all at 0 they share, and a job's workers give way by themselves.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Where there are more workers than cores, Ray ends those that idle for a second, and each new one costs a second.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+    # Serve looks at its deployments ten times a second, which takes a twentieth of a core; one machine's change seldom.
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     # Ray starts jobs with the `python` that it finds, which is this one only where its environment is activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # Ray would write a token file into the user's home, and so change how every later Ray of this user starts.
@@ -55,16 +61,17 @@ def local_ray(*, dashboard: bool = False) -> Iterator[str]:
     own_ray()
     import ray
 
-    context = ray.init(
-        address="local",
-        num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=dashboard,
-        log_to_driver=False,
-        logging_level=logging.CRITICAL,
-        configure_logging=True,
-        _node_ip_address="127.0.0.1",
-    )
+    with behind_others():
+        context = ray.init(
+            address="local",
+            num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=dashboard,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            configure_logging=True,
+            _node_ip_address="127.0.0.1",
+        )
     _stop_on_sigterm()
     try:
         yield f"http://{context.dashboard_url}" if dashboard else ""

@@ -44,6 +44,7 @@ from deployments.pool import (
     wait_running,
     wait_warm,
 )
+from deployments.scheduling import come_first
 from deployments.status import Recent, Status
 from deployments.traces import check_traces, traces_to
 from deployments.web import access
@@ -69,6 +70,7 @@ class Endpoint:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, model: str, host: str, port: int, config: EndpointConfig, startup_timeout_s: float, may_sleep: bool
     ) -> None:
+        come_first()
         self._config, self._may_sleep = config, may_sleep
         self._metrics, self._recent = EndpointMetrics(), Recent()
         self._traces = traces_to(config.traces_to) if config.traces_to else None

@@ -34,6 +34,7 @@ from deployments.channels.frames import Address
 from deployments.channels.server import ChannelServer
 from deployments.config import PoolConfig
 from deployments.metrics import ReplicaMetrics
+from deployments.scheduling import come_first
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import Busy, Expired, ModelError, PoolFailed
 from pipeline.lanes import Lane
@@ -67,6 +68,7 @@ class ModelReplica:
     """One model actor."""
 
     async def __init__(self, model: str, config: PoolConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        come_first()
         self.replica = serve.get_replica_context().replica_id.unique_id
         self._problem: ModelError | None = None
         self._address: Address | None = None

@@ -7,7 +7,6 @@ the pool, which owns the accelerators. Nothing here raises for a bad image: that
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from deployments.config import PoolConfig
+from deployments.scheduling import give_way
 from jobs.lease import Fence
 from jobs.receipts import Receipt
 from jobs.spec import JobPaths
@@ -43,7 +43,6 @@ READ_CPUS, DECODE_CPUS = 0.1, 0.9
 # A model on CPUs takes all cores, and while it waits for images it takes none: then the few decoders that fit beside it
 # would leave some idle.
 FEW_DECODERS, THREADS_OF_FEW = 3, 2
-LOWEST_PRIORITY = 19
 REPLICAS_PER_CALLER = 4
 WINDOW = 4  # chunks under way for each replica: enough to hide a call's latency, few enough for its lane
 SHARDS_AT_ONCE = 2000
@@ -191,14 +190,6 @@ class _Shards(Datasource):
             )
             for shard, staged in self._work
         ]
-
-
-def give_way() -> None:
-    """Lets the endpoint and the replicas, where they run beside this process, have a core first.
-
-    Ray starts workers at 15, so that a job's driver, at 0, would hold them up for as long as it computes.
-    """
-    os.setpriority(os.PRIO_PROCESS, 0, LOWEST_PRIORITY)
 
 
 def _read(path: DataPath, shard: Shard, staged: frozenset[int]) -> Iterator[pa.Table]:

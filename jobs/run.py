@@ -21,8 +21,9 @@ from ray.exceptions import RayError, RayTaskError
 from deployments.board import posted
 from deployments.config import Config, PoolConfig
 from deployments.pool import Running, attach, bring_up, take_down
+from deployments.scheduling import give_way
 from jobs.commit import commit_shard
-from jobs.datapath import DataPath, give_way
+from jobs.datapath import DataPath
 from jobs.lease import Fence, Lease, uptime_s
 from jobs.ledger import Ledger
 from jobs.plan import (

@@ -9,11 +9,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 
 import httpx
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,6 +22,7 @@ import transformers
 from PIL import Image
 from transformers.image_utils import load_image
 
+from deployments.pool import app_name
 from jobs.corpus import Digit, digits, encode, write_shards
 from jobs.models import shipped
 from tests.check import check_output
@@ -87,7 +89,8 @@ def test_an_endpoint_and_a_job_on_the_same_machine_share_the_pool(
     digit = digits()[7]
     (tmp_path / "seven.png").write_bytes(encode(digit)[1])
     (tmp_path / "bad.png").write_bytes(b"not an image")
-    with _serving(state) as url:
+    with _serving(state) as (url, serving):
+        scheduled = _scheduled(serving)
         good = tandem("score", "seven.png", "--url", url, "--top-k", "2", "--json", cwd=tmp_path)
         bad = tandem("score", "seven.png", "bad.png", "--url", url, cwd=tmp_path)
         job = tandem(
@@ -112,6 +115,9 @@ def test_an_endpoint_and_a_job_on_the_same_machine_share_the_pool(
     assert job.json["replicas"] == {replica: 1797}
     assert (taken.code, taken.out) == (2, "")
     assert f"--port {port}: cannot listen there: Address already in use" in taken.err
+    assert scheduled["raylet"] == {os.SCHED_BATCH}
+    assert scheduled[f"ray::ServeReplica:{app_name(MODEL)}:pool"] >= {os.SCHED_BATCH, os.SCHED_OTHER}
+    assert scheduled["ray::ServeReplica:tandem-http:endpoint"] >= {os.SCHED_BATCH, os.SCHED_OTHER}
     assert last[0].json()["predictions"][0]["label"] == str(digit.label)  # asked before SIGTERM, and sent after it
     assert not (Path(state["XDG_STATE_HOME"]) / "tandem" / "cluster.json").exists()
 
@@ -183,9 +189,19 @@ def _post_slowly(url: str, body: bytes, begun: threading.Event) -> httpx.Respons
     return httpx.post(f"{url}/predict", content=parts(), timeout=30)
 
 
+def _scheduled(process: psutil.Process) -> dict[str, set[int]]:
+    """How the threads of the processes that it started are scheduled, by their programs."""
+    found = dict[str, set[int]]()
+    for started in process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            title = Path(next(iter(started.cmdline()), "")).name.partition(".")[0].strip()
+            found[title] = {os.sched_getscheduler(thread.id) for thread in started.threads()}
+    return found
+
+
 @contextmanager
-def _serving(state: dict[str, str]) -> Iterator[str]:
-    """`tandem serve` for as long as the context lasts; the URL at which it answers."""
+def _serving(state: dict[str, str]) -> Iterator[tuple[str, psutil.Process]]:
+    """`tandem serve` for as long as the context lasts; the URL at which it answers, and its process."""
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(
@@ -199,7 +215,7 @@ def _serving(state: dict[str, str]) -> Iterator[str]:
             assert process.stdout is not None
             assert f"answers at {url}" in process.stdout.readline()
             assert httpx.get(f"{url}/readyz").json()["status"] == "ready"
-            yield url
+            yield url, psutil.Process(process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
             _, err = process.communicate(timeout=60)
