@@ -22,6 +22,8 @@ from tests.stores import ACCESS_KEY, SECRET_KEY, Radosgw, environment, free_port
 settings.register_profile("tandem", deadline=None, derandomize=True)
 settings.load_profile("tandem")
 
+RAY = pytest.mark.xdist_group("ray")  # for tests that start one without a fixture from here
+
 
 @pytest.fixture(scope="session")
 def moto_port() -> Iterator[int]:
@@ -89,7 +91,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory, state: dict[str, str]) -> Dem
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of the shared cluster come last: what starts a Ray of its own must not find another beside it."""
+    """Tests that have a Ray run in one process, one after another, as a machine takes one Ray at a time.
+
+    Those of the shared cluster come last: what starts a Ray of its own must not find another beside it.
+    """
+    for item in items:
+        if {"demo", "state", "shared_cluster"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(RAY)
     items.sort(key=lambda item: "shared_cluster" in getattr(item, "fixturenames", ()))
 
 

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from benchmarks.batch import compared, summary
-from benchmarks.growth import further
+from benchmarks.growth import Mark, of_an_image
 from benchmarks.processes import Cpu, family, stop
+from tests.conftest import RAY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,12 +25,11 @@ def test_what_an_image_costs_is_what_the_further_ones_cost() -> None:
     assert (found["cpu_ms_per_image"], found["startup_s"], found["whole_s"]) == (4.0, 2.0, 15.0)
 
 
-def test_what_an_image_costs_is_told_from_one_size_to_the_next() -> None:
-    def rounds(seconds: float, cpu_s: float) -> list[dict[str, float]]:
-        return [{"seconds": seconds + late, "cpu_s": cpu_s} for late in (0.0, 5.0, -1.0)]
-
-    found = further({100: rounds(4.0, 2.0), 1100: rounds(6.0, 5.0), 3100: rounds(16.0, 11.0)})
-    assert found == {"100 to 1100": {"ms": 2.0, "cpu_ms": 3.0}, "1100 to 3100": {"ms": 5.0, "cpu_ms": 3.0}}
+def test_what_an_image_costs_is_looked_at_in_the_middle_of_a_job() -> None:
+    seen = [(0, 0.0, 0.0), (1_900, 5.0, 9.0), (2_500, 6.0, 10.0), (5_000, 7.0, 11.0), (7_500, 11.0, 20.0)]
+    marks = [Mark(*one) for one in (*seen, (9_900, 11.5, 30.0))]
+    assert of_an_image(marks, 10_000) == {"ms": 1.0, "cpu_ms": 2.0}
+    assert of_an_image(marks, 4_600) == {}
 
 
 def test_answers_that_differ_are_told() -> None:
@@ -62,6 +62,7 @@ def test_what_has_ended_already_may_be_stopped() -> None:
     assert family(ended.pid) == []
 
 
+@RAY
 def test_the_benchmark_of_a_gpu_runs_without_one() -> None:
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--small", "--dtype", "float32"]
     limits = ["--engines", "eager", "graphs", "--seconds", "0.1", "--tar-images", "96"]
