@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/tandem demo
 
+# Two at a time: the tests of clusters wait for nodes and leases a third of their time
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 soak: .venv/.installed-dev
 	$(BIN)/pytest -m soak -s tests/test_soak.py
