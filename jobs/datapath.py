@@ -29,6 +29,7 @@ from pipeline.chunks import ENDS_SHARD, ERROR, Chunk, ChunkLimits, chunks, faile
 from pipeline.decode import decode_each
 from pipeline.dispatcher import Scores
 from pipeline.errors import ImageError, JobError, OutputConflict, ShardError
+from pipeline.imports import uncollected
 from pipeline.inputs import Columns, open_reader
 from pipeline.isolation import IsolatedReader, decode_isolated
 from pipeline.output import scored, with_errors
@@ -288,8 +289,9 @@ class _Caller:
 
     def __init__(self, path: DataPath) -> None:
         # not with the module, which readers and decoders import too: they would load Serve, for a second each
-        from deployments.batch import score_chunk
-        from deployments.pool import connect
+        with uncollected():
+            from deployments.batch import score_chunk
+            from deployments.pool import connect
 
         give_way()
         pool, _ = connect(path.model, CONNECT_WITHIN_S)

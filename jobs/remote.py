@@ -24,6 +24,7 @@ from jobs.receipts import Progress
 from jobs.spec import JobSpec
 from pipeline import errors
 from pipeline.errors import JobError, TandemError, UsageError
+from pipeline.imports import uncollected
 
 REQUEST = "TANDEM_REQUEST"
 EVENT = "TANDEM_EVENT "
@@ -43,7 +44,8 @@ class Cluster:
         """`address` is `http://HEAD:8265`. Raises `UsageError` for another form, `JobError` where nothing answers."""
         if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
             raise UsageError(f"--address {address!r}: give the cluster's job API, such as http://HEAD:8265")
-        from ray.job_submission import JobSubmissionClient
+        with uncollected():
+            from ray.job_submission import JobSubmissionClient
 
         self.address = address
         try:
@@ -143,13 +145,15 @@ def _do(request: dict[str, Any]) -> dict[str, Any]:
 
     config = parse_config(request["config"])
     if request["do"] == "serve":
-        from deployments.endpoint import serve_model
+        with uncollected():
+            from deployments.endpoint import serve_model
 
         join_ray(request.get("gcs_address"))
         start_serve()
         running = serve_model(request["model"], request["host"], request["port"], config)
         return {"model": running.info.model, "revision": running.info.revision, "chosen": running.chosen}
-    from jobs.run import prepare, run_job
+    with uncollected():
+        from jobs.run import prepare, run_job
 
     job = prepare(JobSpec.from_json(request["spec"]))
     join_ray(request.get("gcs_address"))

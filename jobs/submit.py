@@ -9,6 +9,7 @@ from deployments.config import Config
 from jobs.screen import Screen
 from jobs.spec import JobSpec
 from pipeline.errors import JobError, UsageError
+from pipeline.imports import uncollected
 
 
 def submit_job(
@@ -42,7 +43,8 @@ def submit_job(
 
 def _run_here(screen: Screen, spec: JobSpec, config: Config, max_error_share: float | None) -> dict[str, Any]:
     own_ray()
-    from jobs.run import prepare, run_job
+    with uncollected():
+        from jobs.run import prepare, run_job
 
     job = prepare(spec)  # a wrong bucket is told at once, not after Ray has started
     if job.report is not None:

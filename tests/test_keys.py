@@ -56,7 +56,11 @@ def test_a_key_lets_its_holder_in(headers: dict[str, str]) -> None:
     assert _ask("POST", "/predict", content=b"cat", headers=headers).json()["predictions"][0]["label"] == "cat"
 
 
-@pytest.mark.parametrize("secret", [PREDICT[:-1], PREDICT + "x", PREDICT.upper(), PREDICT_KEY.sha256, "é", " "])
+@pytest.mark.parametrize(
+    "secret",
+    [PREDICT[:-1], PREDICT + "x", PREDICT.upper(), PREDICT_KEY.sha256, "é", " "],
+    ids=["shorter", "longer", "other case", "digest", "not ASCII", "blank"],
+)
 def test_another_one_does_not(secret: str) -> None:
     response = _ask("POST", "/predict", content=b"cat", headers={"x-api-key": secret.encode()})
     assert response.status_code == 401
