@@ -2,14 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak lint bench bench-batch bench-online bench-coserving bench-jobs bench-gpu wheel clean
+.PHONY: demo test test-ray test-others soak lint bench bench-batch bench-online bench-coserving bench-jobs bench-gpu wheel clean
 
 demo: .venv/.installed
 	$(BIN)/tandem demo
 
-# Two at a time: the tests of clusters wait for nodes and leases a third of their time
+# Those with a Ray wait for nodes and leases a third of their time, which the others use
 test: lint
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(MAKE) --jobs 2 --output-sync test-ray test-others
+
+test-ray:
+	$(BIN)/pytest -m "ray and not soak"
+
+test-others:
+	$(BIN)/pytest -m "not ray and not soak"
 
 soak: .venv/.installed-dev
 	$(BIN)/pytest -m soak -s tests/test_soak.py

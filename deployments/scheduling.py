@@ -2,7 +2,7 @@
 
 A process that wakes up takes the core from one that computes, and with it what the core's caches held, unless the
 kernel schedules it as a batch process. Ray's processes wake some 1,500 times a second when they have nothing to do, as
-each worker polls: of a job on two cores they cost a tenth of the speed that way, and by their own CPU another.
+each worker polls. On two cores that cost a job a twentieth of its speed, beside the tenth that is their own CPU time.
 """
 
 from __future__ import annotations

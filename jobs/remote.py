@@ -55,18 +55,22 @@ class Cluster:
             raise JobError(f"--address {address}: no cluster answers there ({reason})") from error
 
     def start(self, request: dict[str, Any]) -> str:
-        """Starts the work that `request` describes, and returns the job's id."""
+        """Starts the work that `request` describes, and returns the job's id. Raises `JobError`."""
         environment = {name: os.environ[name] for name in FORWARDED if name in os.environ}
         root = Path(__file__).resolve().parent.parent
-        job: str = self._client.submit_job(
-            entrypoint="python -m jobs.remote",
-            submission_id=f"tandem-{uuid.uuid4().hex[:12]}",
-            runtime_env={
-                "py_modules": [str(root / package) for package in PACKAGES],
-                "excludes": ["__pycache__"],
-                "env_vars": {**environment, REQUEST: json.dumps(request)},
-            },
-        )
+        try:
+            job: str = self._client.submit_job(
+                entrypoint="python -m jobs.remote",
+                submission_id=f"tandem-{uuid.uuid4().hex[:12]}",
+                runtime_env={
+                    "py_modules": [str(root / package) for package in PACKAGES],
+                    "excludes": ["__pycache__"],
+                    "env_vars": {**environment, REQUEST: json.dumps(request)},
+                },
+            )
+        except (ConnectionError, RuntimeError) as error:  # as while the cluster comes up
+            reason = str(error).strip().splitlines()[0]
+            raise JobError(f"the cluster at {self.address} takes no job, try again later: {reason}") from error
         return job
 
     def events(self, job: str) -> Generator[dict[str, Any], None, None]:

@@ -22,8 +22,6 @@ from tests.stores import ACCESS_KEY, SECRET_KEY, Radosgw, environment, free_port
 settings.register_profile("tandem", deadline=None, derandomize=True)
 settings.load_profile("tandem")
 
-RAY = pytest.mark.xdist_group("ray")  # for tests that start one without a fixture from here
-
 
 @pytest.fixture(scope="session")
 def moto_port() -> Iterator[int]:
@@ -90,14 +88,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory, state: dict[str, str]) -> Dem
     return Demo(tandem_in_terminal("demo", "--json", cwd=folder, environment=state), folder)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that have a Ray run in one process, one after another, as a machine takes one Ray at a time.
+    """Marks the tests that have a Ray by a fixture: a machine takes one at a time, and the other tests may run beside.
 
     Those of the shared cluster come last: what starts a Ray of its own must not find another beside it.
     """
     for item in items:
         if {"demo", "state", "shared_cluster"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(RAY)
+            item.add_marker(pytest.mark.ray)
     items.sort(key=lambda item: "shared_cluster" in getattr(item, "fixturenames", ()))
 
 

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.batch import compared, summary
 from benchmarks.growth import Mark, of_an_image
 from benchmarks.processes import Cpu, family, stop
-from tests.conftest import RAY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,7 +63,7 @@ def test_what_has_ended_already_may_be_stopped() -> None:
     assert family(ended.pid) == []
 
 
-@RAY
+@pytest.mark.ray
 def test_the_benchmark_of_a_gpu_runs_without_one() -> None:
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--small", "--dtype", "float32"]
     limits = ["--engines", "eager", "graphs", "--seconds", "0.1", "--tar-images", "96"]

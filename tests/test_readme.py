@@ -17,7 +17,7 @@ from pipeline import s3
 from pipeline.storage import open_store
 from tests.cluster import OPEN, clean_environment, ray_cluster
 from tests.command import tandem
-from tests.conftest import RAY, Demo, lead_to_store
+from tests.conftest import Demo, lead_to_store
 from tests.corpora import tar_of
 from tests.images import real_images
 from tests.stores import Radosgw, environment, free_ports
@@ -33,7 +33,7 @@ def test_the_local_example_works_after_the_demo(demo: Demo, state: dict[str, str
     assert "[1797 rows x" in outputs[1]
 
 
-@RAY
+@pytest.mark.ray
 def test_the_production_example_works_on_a_cluster(
     tmp_path: Path, radosgw: Radosgw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
