@@ -22,6 +22,6 @@ class NotYetUp:
 
 def test_a_cluster_that_takes_no_job_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.job_submission.JobSubmissionClient", NotYetUp)
-    told = r"^the cluster at http://head:8265 takes no job, try again later: status code 500: No available agent to .* job$"
+    told = r"^the cluster at http://head:8265 takes no job, try again later: .* 500: No available agent to submit job$"
     with pytest.raises(JobError, match=told):
         Cluster("http://head:8265").start({})
