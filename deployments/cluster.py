@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from deployments.scheduling import behind_others
 
@@ -72,14 +73,14 @@ def local_ray(*, dashboard: bool = False) -> Iterator[str]:
             configure_logging=True,
             _node_ip_address="127.0.0.1",
         )
-    _stop_on_sigterm()
+    stop_on_sigterm()
     try:
         yield f"http://{context.dashboard_url}" if dashboard else ""
     finally:
         ray.shutdown()
 
 
-def _stop_on_sigterm() -> None:
+def stop_on_sigterm() -> None:
     """Has SIGTERM end this process as Ctrl-C does, through all that cleans up. Ray's own handler does not."""
 
     def stop(*_: object) -> None:
@@ -108,15 +109,22 @@ def announce(address: str) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def find_local() -> tuple[str, str] | None:
-    """The job API and the GCS address of the cluster that a `tandem serve` of this user keeps here, or None.
+class Local(NamedTuple):
+    """A cluster on this machine: the URL of its job API, and HOST:PORT of its GCS, which is what a driver joins."""
+
+    address: str
+    gcs_address: str
+
+
+def find_local() -> Local | None:
+    """The cluster that a `tandem serve` of this user keeps here, or None.
 
     Takes its token into the environment, which is where Ray looks for it.
     """
     try:
         state = json.loads(_state_file().read_text())
         os.kill(state["pid"], 0)
-        found = str(state["address"]), str(state["gcs_address"])
+        found = Local(address=str(state["address"]), gcs_address=str(state["gcs_address"]))
     except (OSError, ValueError, KeyError):
         return None
     if state["token"]:
@@ -129,13 +137,17 @@ def _state_file() -> Path:
     return Path(home) / "tandem" / "cluster.json"
 
 
-def join_ray(gcs_address: str | None) -> None:
-    """Joins the cluster at `gcs_address`; None means the one that this process was started in."""
+def join_ray(gcs_address: str | None = None, env_vars: dict[str, str] | None = None) -> None:
+    """Joins the cluster at `gcs_address`; None means the one that this process was started in.
+
+    `env_vars` are what this process's workers find in their environment, beside what is there.
+    """
     quiet()
     import ray
 
-    ray.init(gcs_address, log_to_driver=False, logging_level=logging.CRITICAL)
-    _stop_on_sigterm()
+    runtime_env = {"env_vars": env_vars} if env_vars else None
+    ray.init(gcs_address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.CRITICAL)
+    stop_on_sigterm()
 
 
 def start_serve() -> None:

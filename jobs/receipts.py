@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,3 +95,6 @@ class Progress:
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "images_per_s": round(self.images_per_s, 1)}
+
+
+OnProgress = Callable[[Progress], None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,7 +38,7 @@ from jobs.plan import (
     read_plan,
     write_plan,
 )
-from jobs.receipts import Progress, Receipt, Tally
+from jobs.receipts import OnProgress, Progress, Receipt, Tally
 from jobs.spec import JobPaths, JobSpec
 from pipeline.errors import JobError, OutputConflict, StorageError, TandemError
 from pipeline.model_info import ModelInfo
@@ -47,8 +47,6 @@ from pipeline.storage import Store, open_store
 
 COMMITS_AT_ONCE, COMMITS_PENDING = 4, 32
 PROGRESS_EVERY_S = 1.0
-
-OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, kw_only=True)

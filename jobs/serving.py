@@ -39,7 +39,9 @@ def serve_here(screen: Screen, model: str, host: str, port: int, config: Config)
 
 def serve_there(screen: Screen, model: str, host: str, port: int, config: Config, address: str) -> None:
     """Deploys into the cluster at `address`, where it stays up."""
-    from jobs.remote import Cluster, follow, serve_request
+    from jobs.driver import serve_request
+    from jobs.events import follow
+    from jobs.remote import Cluster
 
     cluster = Cluster(address)
     with screen.progress("deploying"):

@@ -1,14 +1,16 @@
-"""`tandem submit`: to a cluster by its job API, or on a Ray of its own."""
+"""`tandem submit`: to a cluster by its job API, beside `tandem serve` on this machine, or on a Ray of its own."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from deployments.cluster import find_local, local_ray, own_ray, start_serve
+from deployments.cluster import find_local, local_ray, own_ray, start_serve, stop_on_sigterm
 from deployments.config import Config
+from jobs.driver import submit_request
+from jobs.events import follow
 from jobs.screen import Screen
 from jobs.spec import JobSpec
-from pipeline.errors import JobError, UsageError
+from pipeline.errors import JobError, TandemError, UsageError
 from pipeline.imports import uncollected
 
 
@@ -16,20 +18,28 @@ def submit_job(
     screen: Screen, spec: JobSpec, config: Config, *, max_error_share: float | None, address: str | None, wait: bool
 ) -> None:
     """Runs or sends the job, and tells what became of it. Raises `TandemError`."""
-    gcs_address = None
-    if address is None and (local := find_local()):
-        address, gcs_address = local
+    request = submit_request(spec, config, max_error_share)
+    local = None if address else find_local()
+    if local:
+        address = local.address
+        request["join"] = {"gcs_address": local.gcs_address}
     if address is None and not wait:
         raise UsageError("no cluster: give --address http://HEAD:8265, or --wait to run the job on this machine")
     if address is None:
         _show(screen, _run_here(screen, spec, config, max_error_share))
-        return
-    from jobs.remote import Cluster, follow, submit_request
+    elif local and wait:
+        _show(screen, _run_beside(screen, request))
+    else:
+        _send(screen, request, address, spec.output, wait)
+
+
+def _send(screen: Screen, request: dict[str, Any], address: str, output: str, wait: bool) -> None:
+    from jobs.remote import Cluster
 
     cluster = Cluster(address)
-    job = cluster.start({**submit_request(spec, config, max_error_share), "gcs_address": gcs_address})
+    job = cluster.start(request)
     if not wait:
-        screen.result({"job": job, "address": address, "output": spec.output})
+        screen.result({"job": job, "address": address, "output": output})
         screen.say(f"job {job} runs at {address}; follow it with: ray job logs --address {address} --follow {job}")
         return
     with screen.progress("waiting for the cluster") as bar:
@@ -39,6 +49,20 @@ def submit_job(
             stop = f"ray job stop --address {address} {job}"
             raise JobError(f"not followed any more, but job {job} goes on; to end it: {stop}") from None
     _show(screen, {"job": job, **report})
+
+
+def _run_beside(screen: Screen, request: dict[str, Any]) -> dict[str, Any]:
+    from jobs.beside import drive
+
+    stop_on_sigterm()
+    try:
+        with screen.progress("joining the pool") as bar:
+            return follow(drive(request), bar.show)
+    except TandemError:
+        if find_local() is None:  # what failed of it first says less
+            told = "the `tandem serve` that the job ran beside was stopped; submit it again to go on with it"
+            raise JobError(told) from None
+        raise
 
 
 def _run_here(screen: Screen, spec: JobSpec, config: Config, max_error_share: float | None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from transformers.image_utils import load_image
 from deployments.pool import app_name
 from jobs.corpus import Digit, digits, encode, write_shards
 from jobs.models import shipped
+from jobs.spec import JobPaths
 from tests.check import check_output
 from tests.cluster import BIN, clean_environment
 from tests.command import tandem
@@ -99,12 +100,19 @@ def test_an_endpoint_and_a_job_on_the_same_machine_share_the_pool(
         replica = httpx.post(f"{url}/predict", content=encode(digit)[1]).headers["x-tandem-replica"]
         port = str(httpx.URL(url).port)
         taken = tandem("serve", "--model", MODEL, "--port", port, environment=state | {"XDG_STATE_HOME": str(tmp_path)})
+        beside = ("submit", str(corpus), "second", "--model", MODEL, "--wait")
+        with _begun(*beside, lease=tmp_path / "second" / JobPaths.lease(1), environment=state) as interrupted:
+            interrupted.send_signal(signal.SIGINT)
+            stopped = (interrupted.wait(60), *interrupted.communicate())
+        second = _begun(*beside, lease=tmp_path / "second" / JobPaths.lease(2), environment=state)
         last: list[httpx.Response] = []
         begun = threading.Event()
         sender = threading.Thread(target=lambda: last.append(_post_slowly(url, encode(digit)[1], begun)))
         sender.start()
         begun.wait()
     sender.join()
+    with second:
+        _, left = second.communicate(timeout=60)
 
     assert (good.code, good.err) == (0, "")
     assert good.json[0]["predictions"][0]["label"] == str(digit.label)
@@ -118,6 +126,11 @@ def test_an_endpoint_and_a_job_on_the_same_machine_share_the_pool(
     assert scheduled["raylet"] == {os.SCHED_BATCH}
     assert scheduled[f"ray::ServeReplica:{app_name(MODEL)}:pool"] >= {os.SCHED_BATCH, os.SCHED_OTHER}
     assert scheduled["ray::ServeReplica:tandem-http:endpoint"] >= {os.SCHED_BATCH, os.SCHED_OTHER}
+    assert stopped == (1, "", "\ntandem: stopped\n")
+    assert second.returncode == 1
+    assert left == (
+        "tandem: the `tandem serve` that the job ran beside was stopped; submit it again to go on with it\n"
+    )
     assert last[0].json()["predictions"][0]["label"] == str(digit.label)  # asked before SIGTERM, and sent after it
     assert not (Path(state["XDG_STATE_HOME"]) / "tandem" / "cluster.json").exists()
 
@@ -176,6 +189,24 @@ def _accuracy_by_transformers(some: list[Digit]) -> float:
         for best, digit in zip(logits.argmax(-1), some, strict=True)
     )
     return right / len(some)
+
+
+def _begun(*arguments: str, lease: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A command whose job has OUTPUT's lease."""
+    process = subprocess.Popen(
+        [str(BIN / "tandem"), *arguments],
+        env=clean_environment(environment),
+        cwd=lease.parents[3],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(600):
+        if lease.exists():
+            return process
+        assert process.poll() is None
+        time.sleep(0.1)
+    raise AssertionError(f"no {lease}")
 
 
 def _post_slowly(url: str, body: bytes, begun: threading.Event) -> httpx.Response:
