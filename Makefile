@@ -31,6 +31,7 @@ bench: bench-batch bench-online bench-coserving bench-jobs
 bench-batch: .venv/.installed-dev
 	$(BIN)/python benchmarks/batch.py --s3
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/start.py
 
 bench-online: .venv/.installed-dev
 	$(BIN)/python benchmarks/online.py

@@ -106,7 +106,7 @@ def serve(
     "--max-error-share", metavar="SHARE", type=click.FloatRange(0, 1),
     help="Stop the job when more than this share of its images fails, such as 0.01; any share may fail otherwise.",
 )  # fmt: skip
-@click.option("--wait", is_flag=True, help="Follow the job to its end. Without a cluster, it runs here.")
+@click.option("--wait", is_flag=True, help="Follow the job to its end. On this machine, it ends with the command.")
 @_config
 @_json
 @_address
