@@ -34,6 +34,7 @@ def drive(request: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",  # a library may print what is no text
         start_new_session=True,  # Ctrl-C reaches the command alone, which tells the driver once
     ) as driver:
         assert driver.stdout
