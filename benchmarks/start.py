@@ -27,12 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs as a scr
 from benchmarks.photos import write_checkpoint, write_photos
 from benchmarks.results import write_results
 from jobs.spec import JobPaths
+from tests.cluster import BIN
 from tests.stores import free_ports
 
 IMAGES, PHOTOS_FOR_HEAD = 200, 60
 WAYS = {"driven by the command": ["--wait"], "by Ray's job API": []}
 LOOK_EVERY_S, PATIENCE_S, PAUSE_S = 0.02, 120.0, 3.0
-TANDEM = str(Path(sys.executable).parent / "tandem")
+TANDEM = str(BIN / "tandem")
 
 
 def main() -> None:
