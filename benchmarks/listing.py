@@ -65,11 +65,11 @@ def measure(source_url: str, target_url: str, shards: int) -> dict[str, float]:
     started = time.perf_counter()
     job = prepare(spec)
     listed = time.perf_counter()
-    write_plan(job.store, make_plan(spec, job.shards, job.carried, info))
+    write_plan(job.store, make_plan(spec, job.found, job.carried, info))
     planned = time.perf_counter()
     prepare(spec)
     resumed = time.perf_counter()
-    assert len(job.shards) == shards
+    assert len(job.found) == shards
     seconds = {"list_s": listed - started, "plan_s": planned - listed, "resume_s": resumed - planned}
     return {name: round(value, 1) for name, value in seconds.items()}
 

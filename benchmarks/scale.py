@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -143,7 +144,7 @@ def staged_without_data(images: int, limits: ChunkLimits) -> Any:
     from pipeline.output import scored
 
     class Reader:
-        carried = pa.schema([])
+        carried, skipped = pa.schema([]), Counter[str]()
 
         def __iter__(self) -> Iterator[Sample]:
             for row in range(images):

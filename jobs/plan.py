@@ -6,8 +6,9 @@ import base64
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipeline.chunks import ChunkLimits
 from pipeline.errors import JobError, NotFound, OutputConflict, ShardError, UsageError
 from pipeline.inputs import Columns, open_reader
 from pipeline.model_info import ModelInfo
-from pipeline.shards import Shard, find_shards
+from pipeline.shards import Found, Shard, find_shards
 from pipeline.storage import Store, open_store, split_object
 
 FORMAT_VERSION = 1
@@ -28,7 +29,10 @@ SHARDS_TRIED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A job's spec, the model that scores, the columns that are carried along, and its shards in order."""
+    """A job's spec, the model that scores, the columns that are carried along, and its shards in order.
+
+    `skipped` counts the objects under INPUT that are in no shard, by reason.
+    """
 
     spec: JobSpec
     revision: str
@@ -36,6 +40,7 @@ class Plan:
     versions: dict[str, str]
     carried: pa.Schema
     shards: list[Shard]
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def metadata(self, shard: Shard) -> dict[str, str]:
         """What an output file says of its origin."""
@@ -51,7 +56,7 @@ class Plan:
         }
 
 
-def find_input(spec: JobSpec) -> list[Shard]:
+def find_input(spec: JobSpec) -> Found:
     """The shards that INPUT holds now: a prefix, a folder, or one object. Raises `NotFound`, `UsageError`."""
     if single := split_object(spec.input):
         store, name = single
@@ -65,7 +70,7 @@ def input_store(spec: JobSpec) -> Store:
     return single[0] if single else open_store(spec.input)
 
 
-def find_carried(spec: JobSpec, shards: list[Shard]) -> pa.Schema:
+def find_carried(spec: JobSpec, shards: Sequence[Shard]) -> pa.Schema:
     """The columns that are carried along, with the types that the first readable shard gives them.
 
     Raises `UsageError` where the first shards do not have what is asked for, or where they leave a choice open.
@@ -82,10 +87,17 @@ def find_carried(spec: JobSpec, shards: list[Shard]) -> pa.Schema:
     return pa.schema([])  # damaged, all of them: each is told in the error table
 
 
-def make_plan(spec: JobSpec, shards: list[Shard], carried: pa.Schema, info: ModelInfo) -> Plan:
+def make_plan(spec: JobSpec, found: Found, carried: pa.Schema, info: ModelInfo) -> Plan:
     """The plan of a new job."""
-    versions = {"tandem": __version__, **info.versions}
-    return Plan(spec=spec, revision=info.revision, dtype=info.dtype, versions=versions, carried=carried, shards=shards)
+    return Plan(
+        spec=spec,
+        revision=info.revision,
+        dtype=info.dtype,
+        versions={"tandem": __version__, **info.versions},
+        carried=carried,
+        shards=found.shards,
+        skipped=dict(found.skipped),
+    )
 
 
 def write_plan(store: Store, plan: Plan) -> None:
@@ -101,6 +113,7 @@ def write_plan(store: Store, plan: Plan) -> None:
         "versions": plan.versions,
         "carried": base64.b64encode(plan.carried.serialize()).decode(),
         "shards": len(plan.shards),
+        "skipped": plan.skipped,
         "plan_sha256": hashlib.sha256(lines).hexdigest(),
     }
     store.write(JobPaths.JOB, json.dumps(job, indent=2).encode())
@@ -126,6 +139,7 @@ def read_plan(store: Store) -> Plan | None:
             versions=job["versions"],
             carried=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(job["carried"]))),
             shards=[Shard(**json.loads(line)) for line in lines.splitlines()],
+            skipped=job.get("skipped", {}),
         )
     except NotFound as error:
         raise JobError(f"{store.url} holds {JobPaths.JOB} without its {JobPaths.PLAN}; {_NEW}") from error
@@ -145,7 +159,7 @@ def check_same_model(plan: Plan, info: ModelInfo, where: str) -> None:
     _refuse({name: pair for name, pair in pairs.items() if pair[0] != pair[1]}, where)
 
 
-def check_same_input(plan: Plan, shards: list[Shard], where: str) -> None:
+def check_same_input(plan: Plan, shards: Iterable[Shard], where: str) -> None:
     """Raises `OutputConflict`, naming the first shard that changed, came or went since the job was planned."""
     old, new = ({shard.name: shard for shard in some} for some in (plan.shards, shards))
     # in this order: one that came or went also changes the numbers of those behind it

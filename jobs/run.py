@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ from jobs.receipts import OnProgress, Progress, Receipt, Tally
 from jobs.spec import JobPaths, JobSpec
 from pipeline.errors import JobError, OutputConflict, StorageError, TandemError
 from pipeline.model_info import ModelInfo
-from pipeline.shards import Shard
+from pipeline.shards import Found, Shard
 from pipeline.storage import Store, open_store
 
 COMMITS_AT_ONCE, COMMITS_PENDING = 4, 32
@@ -85,7 +86,7 @@ class Prepared:
     store: Store
     plan: Plan | None
     carried: pa.Schema
-    shards: list[Shard]
+    found: Found
     names: list[str]
     looked_s: float
     report: Report | None = None
@@ -106,17 +107,15 @@ def prepare(spec: JobSpec) -> Prepared:
             store.delete(name for name in names if name.startswith(JobPaths.STAGE))  # of a late worker
             report = _finished(plan, store)
             return Prepared(
-                spec=spec, store=store, plan=plan, carried=plan.carried, shards=plan.shards, names=names,
-                looked_s=looked_s, report=report,
+                spec=spec, store=store, plan=plan, carried=plan.carried, names=names, looked_s=looked_s, report=report,
+                found=Found(plan.shards, Counter(plan.skipped)),
             )  # fmt: skip
-    shards = find_input(spec)
+    found = find_input(spec)
     if plan is not None:
-        check_same_input(plan, shards, spec.output)
-    carried = plan.carried if plan else find_carried(spec, shards)
+        check_same_input(plan, found, spec.output)
+    carried = plan.carried if plan else find_carried(spec, found.shards)
     _probe(store)
-    return Prepared(
-        spec=spec, store=store, plan=plan, carried=carried, shards=shards, names=names, looked_s=looked_s
-    )  # fmt: skip
+    return Prepared(spec=spec, store=store, plan=plan, carried=carried, found=found, names=names, looked_s=looked_s)
 
 
 def run_job(
@@ -146,7 +145,7 @@ def run_job(
 
 def _run_job(job: Prepared, config: Config, tell: OnProgress, max_error_share: float | None) -> Report:
     started = time.monotonic()
-    tell(Progress(phase="pool", shards=len(job.shards)))
+    tell(Progress(phase="pool", shards=len(job.found)))
     with Lease(job.store, job.names, looked_s=job.looked_s) as lease:
         if lease.stale:
             job = prepare(job.spec)
@@ -155,7 +154,7 @@ def _run_job(job: Prepared, config: Config, tell: OnProgress, max_error_share: f
         with _pool(job.spec.model, config) as pool:
             plan = job.plan
             if plan is None:
-                plan = make_plan(job.spec, job.shards, job.carried, pool.info)
+                plan = make_plan(job.spec, job.found, job.carried, pool.info)
                 lease.check()  # a pool takes its time to come up
                 write_plan(job.store, plan)
             check_same_model(plan, pool.info, job.spec.output)

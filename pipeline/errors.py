@@ -66,7 +66,17 @@ class ImageError(TandemError):
 
 
 class ShardError(TandemError):
-    """An input shard that cannot be read, or not to its end."""
+    """An input shard that cannot be read, or not to its end.
+
+    `lost` is the number of images that were not read, where it is known.
+    """
+
+    def __init__(self, message: str, lost: int | None = None) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+    def __reduce__(self) -> tuple[type[ShardError], tuple[str, int | None]]:
+        return type(self), (str(self), self.lost)
 
 
 class ProcessEnded(TandemError):

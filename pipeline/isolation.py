@@ -12,6 +12,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, TypeVar
@@ -73,9 +74,14 @@ class IsolatedReader:
         self._name = shard.name
         self._parts = self._guarded(isolated(_read_shard, store, shard, columns))
         self.carried: pa.Schema = next(self._parts)
+        self.skipped: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Sample]:
-        yield from self._parts
+        for part in self._parts:
+            if isinstance(part, Counter):
+                self.skipped = part
+            else:
+                yield part
 
     def close(self) -> None:
         self._parts.close()
@@ -100,6 +106,7 @@ def _read_shard(store: Store, shard: Shard, columns: Columns) -> Iterator[Any]:
     with closing(open_reader(store, shard, columns)) as reader:
         yield reader.carried
         yield from reader
+        yield reader.skipped
 
 
 def _fate(code: int) -> str:

@@ -43,16 +43,30 @@ class Shard:
     last: str = ""
 
 
+@dataclass(frozen=True)
+class Found:
+    """The shards of a listing in its order, and the objects that are in none of them, counted by reason."""
+
+    shards: list[Shard]
+    skipped: Counter[str]
+
+    def __iter__(self) -> Iterator[Shard]:
+        return iter(self.shards)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+
 def find_shards(
     objects: Iterable[ObjectInfo], *, format: Format | None = None, where: str, per_slice: int = IMAGES_PER_SHARD
-) -> list[Shard]:
-    """The shards among `objects` (sorted by name), in that order.
+) -> Found:
+    """The shards among `objects` (sorted by name).
 
     `format` None means: whichever the names show. `where` names INPUT in messages. Raises `UsageError` where the
     names show two formats, `NotFound` where they show none.
     """
     found: dict[Format, list[Shard]] = {known: [] for known in FORMATS}
-    names: Counter[str] = Counter()
+    reasons: dict[Format | None, Counter[str]] = {known: Counter() for known in (*FORMATS, None)}
     images = _Slices(per_slice)
     for info in objects:
         kind = None if hidden(info.name) else _format_of(info.name)
@@ -60,14 +74,21 @@ def find_shards(
             found[kind].extend(images.add(info))
         elif kind:
             found[kind].append(_of_object(info, kind))
-        names["hidden" if hidden(info.name) else os.path.splitext(info.name)[1] or "no suffix"] += 1
+        reasons[kind][_reason(info.name)] += 1
     found["images"].extend(images.finish())
-    return _named(found[format or _chosen(found, where)], format, where, names)
+    chosen = format or _chosen(found, where)
+    skipped = sum((counts for kind, counts in reasons.items() if kind != chosen), Counter[str]())
+    return Found(_named(found[chosen], format, where, skipped), skipped)
 
 
 def hidden(name: str) -> bool:
     """Whether a part of the name starts with '_' or '.', as Spark, Hive and Arrow mark what is not data."""
     return any(part.startswith(("_", ".")) for part in name.split("/"))
+
+
+def _reason(name: str) -> str:
+    """Why an object is in no shard: its suffix, where nothing else is the cause."""
+    return "hidden" if hidden(name) else os.path.splitext(name)[1].lower() or "no suffix"
 
 
 def is_image(name: str) -> bool:
@@ -141,9 +162,9 @@ def _chosen(found: dict[Format, list[Shard]], where: str) -> Format:
     return archives[0] if archives else "images"
 
 
-def _named(shards: list[Shard], format: Format | None, where: str, names: Counter[str]) -> list[Shard]:
+def _named(shards: list[Shard], format: Format | None, where: str, skipped: Counter[str]) -> list[Shard]:
     if not shards:
-        seen = ", ".join(f"{count} x {suffix}" for suffix, count in names.most_common(5)) or "nothing"
+        seen = ", ".join(f"{count} x {suffix}" for suffix, count in skipped.most_common(5)) or "nothing"
         wanted = format or "tar shards, Parquet or image"
         raise NotFound(f"{where} holds no {wanted} files (found: {seen})")
     if shards[0].format == "images":

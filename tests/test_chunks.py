@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -45,6 +46,7 @@ class ListReader:
 
     def __init__(self, samples: Sequence[Sample], error: Exception | None = None, carried: pa.Schema = CARRIED) -> None:
         self.carried, self._samples, self._error = carried, samples, error
+        self.skipped: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Sample]:
         yield from self._samples

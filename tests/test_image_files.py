@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> LocalStore:
 
 
 def slices(store: Store, per_slice: int = 40) -> list[Shard]:
-    return find_shards(store.list(), where="INPUT", per_slice=per_slice)
+    return find_shards(store.list(), where="INPUT", per_slice=per_slice).shards
 
 
 def read(store: Store, shard: Shard) -> list[Sample]:

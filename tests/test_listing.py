@@ -86,7 +86,7 @@ def test_100_000_files_of_a_folder(tmp_path: Path) -> None:
     for other in ("_SUCCESS", ".DS_Store", "README.txt", "050/Thumbs.db", "099/.DS_Store"):
         (tmp_path / other).touch()
     store = LocalStore(tmp_path)
-    shards = find_shards(store.list(), where="INPUT")
+    shards = find_shards(store.list(), where="INPUT").shards
     assert len(names) == 100_000
     assert_slices_cover(shards, names)
     for shard in shards[::9]:
@@ -120,7 +120,7 @@ def test_a_bucket_of_many_pages(filled_bucket: tuple[str, list[str]]) -> None:
     pages: list[str] = []
     s3._client().meta.events.register("before-call.s3.ListObjectsV2", lambda **_: pages.append(""))
     store = open_store(f"s3://{bucket}/some/prefix")
-    shards = find_shards(store.list(), where="INPUT")
+    shards = find_shards(store.list(), where="INPUT").shards
     assert len(pages) == 34  # of 5,005 objects
     assert_slices_cover(shards, names)
     for shard in (shards[1], shards[-1]):
@@ -134,7 +134,7 @@ def test_a_real_store_of_three_pages(radosgw_bucket: str) -> None:
     with ThreadPoolExecutor(16) as threads:
         list(threads.map(lambda name: store.write(name, b""), names))
     assert [info.name for info in store.list()] == names
-    shards = find_shards(store.list(), where="INPUT")
+    shards = find_shards(store.list(), where="INPUT").shards
     assert_slices_cover(shards, names)
     for shard in shards:
         assert_found_again(store, shard, names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from pipeline.errors import JobError, NotFound, OutputConflict, UsageError
 from pipeline.inputs import Columns
 from pipeline.local import LocalStore
 from pipeline.model_info import ModelInfo
+from pipeline.shards import Found
 from pipeline.transform import ImageTransform
 
 _INFO = ModelInfo(
@@ -142,12 +144,20 @@ def test_a_plan_of_a_later_format_is_refused_whatever_else_it_holds(store: Local
 )
 def test_a_changed_spec_is_refused_with_the_difference(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(OutputConflict, match=told):
-        check_same_spec(make_plan(_SPEC, [], _CARRIED, _INFO), dataclasses.replace(_SPEC, **changes), "s3://bucket/out")
+        check_same_spec(
+            make_plan(_SPEC, Found([], Counter()), _CARRIED, _INFO),
+            dataclasses.replace(_SPEC, **changes),
+            "s3://bucket/out",
+        )
 
 
 @pytest.mark.parametrize("changes", [{}, {"input": "s3://bucket/in/"}, {"output": "s3://bucket/out/"}])
 def test_the_same_spec_is_not_refused_however_it_is_written(changes: dict[str, Any]) -> None:
-    check_same_spec(make_plan(_SPEC, [], _CARRIED, _INFO), dataclasses.replace(_SPEC, **changes), "s3://bucket/out")
+    check_same_spec(
+        make_plan(_SPEC, Found([], Counter()), _CARRIED, _INFO),
+        dataclasses.replace(_SPEC, **changes),
+        "s3://bucket/out",
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,7 +287,7 @@ def test_a_model_folder_is_made_absolute_and_a_hub_id_is_not(tmp_path: Path, mon
 
 
 def test_other_limits_of_chunks_do_not_keep_a_job_from_going_on() -> None:
-    plan = make_plan(_SPEC, [], _CARRIED, _INFO)
+    plan = make_plan(_SPEC, Found([], Counter()), _CARRIED, _INFO)
     check_same_spec(plan, dataclasses.replace(_SPEC, limits=ChunkLimits()), "s3://bucket/out")
     assert plan.spec.limits == _SPEC.limits
 
@@ -303,7 +313,7 @@ def test_carried_columns_have_the_types_of_the_first_shard_that_can_be_read(tmp_
     (tmp_path / "in" / "a.parquet").write_bytes(b"damaged")
     _parquet(tmp_path / "in" / "b.parquet", width=pa.array([7], pa.int16()))
     spec = _parquet_spec(tmp_path / "in", "width")
-    assert find_carried(spec, find_input(spec)) == pa.schema([("width", pa.int16())])
+    assert find_carried(spec, find_input(spec).shards) == pa.schema([("width", pa.int16())])
 
 
 def test_a_column_that_is_not_there_is_wrong_usage_before_any_work(tmp_path: Path) -> None:
@@ -311,11 +321,11 @@ def test_a_column_that_is_not_there_is_wrong_usage_before_any_work(tmp_path: Pat
     _parquet(tmp_path / "in" / "a.parquet")
     spec = _parquet_spec(tmp_path / "in", "width")
     with pytest.raises(UsageError, match="no column 'width'"):
-        find_carried(spec, find_input(spec))
+        find_carried(spec, find_input(spec).shards)
 
 
 def test_damaged_shards_do_not_keep_a_job_from_its_error_table(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.parquet").write_bytes(b"damaged")
     spec = _parquet_spec(tmp_path / "in")
-    assert find_carried(spec, find_input(spec)) == pa.schema([])
+    assert find_carried(spec, find_input(spec).shards) == pa.schema([])

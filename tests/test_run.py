@@ -55,7 +55,7 @@ def spec(tmp_path: Path) -> JobSpec:
 def test_looking_at_an_output_leaves_nothing_in_it(spec: JobSpec) -> None:
     job = prepare(spec)
     assert names_in(job.store) == []
-    assert [shard.name for shard in job.shards] == ["a.tar"]
+    assert [shard.name for shard in job.found] == ["a.tar"]
 
 
 def test_a_store_that_cannot_keep_two_drivers_apart_is_refused(spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:

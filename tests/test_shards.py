@@ -33,7 +33,7 @@ def objects(names: Iterable[str]) -> list[ObjectInfo]:
 
 
 def found(*names: str, format: Format | None = None) -> list[Shard]:
-    return find_shards(objects(names), format=format, where="INPUT")
+    return find_shards(objects(names), format=format, where="INPUT").shards
 
 
 @given(names=st.lists(_names, max_size=30), per_slice=st.integers(1, 7))

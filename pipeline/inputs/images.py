@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -24,6 +24,7 @@ class ImagesReader:
             raise UsageError(f"{names[0]!r} is asked for, but plain image files have no columns")
         self._store, self._shard = store, shard
         self.carried = pa.schema([])
+        self.skipped: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Sample]:
         files = list(slice_of(self._store.list(after=self._shard.after), self._shard.last))

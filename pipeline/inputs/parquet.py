@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -38,6 +39,7 @@ class ParquetReader:
             self._file.close()
             raise
         self.carried = pa.schema([schema.field(name) for name in columns.carry])
+        self.skipped: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Sample]:
         wanted = list(dict.fromkeys([self._image, *([self._key] if self._key else ()), *self.carried.names]))

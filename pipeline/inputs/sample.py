@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -42,11 +43,15 @@ class Sample:
 class Reader(Protocol):
     """A shard opened for reading, once, from front to back.
 
+    `skipped` counts what the shard holds and no sample stands for, by reason: a suffix (".json"), "no suffix",
+    "hidden", "symlink". It is complete once the shard is read.
+
     Iterating raises `ShardError` where the shard cannot be read any further; what was yielded before stands.
     `StorageError` is raised as it comes, `Changed` where the shard is not the one that was planned.
     """
 
     carried: pa.Schema
+    skipped: Counter[str]
 
     def __iter__(self) -> Iterator[Sample]: ...
 

@@ -12,6 +12,7 @@ import gzip
 import lzma
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, cast
@@ -37,6 +38,7 @@ class TarReader:
             raise UsageError(f"{columns.key!r} is asked for as the key, but in a tar the names of members are the keys")
         self._store, self._shard, self._image = store, shard, columns.image
         self.carried = pa.schema([(suffix, pa.string()) for suffix in columns.carry])
+        self.skipped: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Sample]:
         # A sidecar may stand before its image or long after it, so those that are wanted are collected first.
