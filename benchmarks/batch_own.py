@@ -51,8 +51,9 @@ def _job(model: str, folder: str) -> Done:
     from pyarrow import parquet
 
     from deployments.config import Config
+    from jobs.prepare import prepare
     from jobs.receipts import Progress
-    from jobs.run import prepare, run_job
+    from jobs.run import run_job
     from jobs.spec import JobSpec
 
     started_s, told = time.perf_counter(), dict[str, float]()

@@ -224,7 +224,8 @@ def from_tars(folder: Path, model: str, files: list[bytes], options: argparse.Na
 
     own_ray()
     from deployments.pool import bring_up, pool_handle
-    from jobs.run import prepare, run_job
+    from jobs.prepare import prepare
+    from jobs.run import run_job
     from jobs.spec import JobSpec
 
     (folder / "tars").mkdir()

@@ -70,7 +70,8 @@ def measure(folder: Path, sizes: tuple[int, ...], rounds: int) -> dict[int, list
 
 def one_job(folder: Path, size: int, number: int) -> dict[str, float]:
     """A whole job: its seconds, and what an image costs in its middle, if it has one."""
-    from jobs.run import prepare, run_job
+    from jobs.prepare import prepare
+    from jobs.run import run_job
 
     spec = JobSpec(input=str(folder / str(size)), output=str(folder / f"out-{size}-{number}"), model=MODEL)
     marks: list[Mark] = []

@@ -23,7 +23,7 @@ from benchmarks.results import machine
 from jobs.corpus import digits, encode
 from jobs.models import shipped
 from jobs.plan import make_plan, write_plan
-from jobs.run import prepare
+from jobs.prepare import prepare
 from jobs.spec import JobSpec
 from pipeline.checkpoint import find_checkpoint
 from pipeline.model import Classifier

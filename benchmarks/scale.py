@@ -76,7 +76,8 @@ def write_input(folder: Path, shards: int, images: int) -> None:
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Runs the job and tells its times and peaks."""
-    from jobs.run import prepare, run_job
+    from jobs.prepare import prepare
+    from jobs.run import run_job
 
     limits = ChunkLimits(images=options.chunk_images)
     spec = JobSpec(input=str(folder / "in"), output=str(folder / "out"), model=MODEL, limits=limits)

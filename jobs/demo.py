@@ -94,7 +94,8 @@ def _score(bar: JobBar, online: Online) -> dict[str, Any]:
     """Brings up pool and endpoint, then runs the job and the online requests at once."""
     from deployments.cluster import start_serve
     from deployments.endpoint import serve_model
-    from jobs.run import prepare, run_job
+    from jobs.prepare import prepare
+    from jobs.run import run_job
 
     model, config = str((FOLDER / "digits-vit").absolute()), Config()
     start_serve()

@@ -58,7 +58,8 @@ def _do(request: dict[str, Any]) -> dict[str, Any]:
         running = serve_model(request["model"], request["host"], request["port"], config)
         return {"model": running.info.model, "revision": running.info.revision, "chosen": running.chosen}
     with uncollected():
-        from jobs.run import prepare, run_job
+        from jobs.prepare import prepare
+        from jobs.run import run_job
 
     job = prepare(JobSpec.from_json(request["spec"]))
     join_ray(**request.get("join", {}))

@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
 
-import pyarrow as pa
 from ray.exceptions import RayError, RayTaskError
 
 from deployments.board import posted
@@ -25,97 +20,20 @@ from deployments.pool import Running, attach, bring_up, take_down
 from deployments.scheduling import give_way
 from jobs.commit import commit_shard
 from jobs.datapath import DataPath
-from jobs.lease import Fence, Lease, uptime_s
+from jobs.lease import Fence, Lease
 from jobs.ledger import Ledger
-from jobs.plan import (
-    Plan,
-    check_same_input,
-    check_same_model,
-    check_same_spec,
-    find_carried,
-    find_input,
-    input_store,
-    make_plan,
-    read_plan,
-    write_plan,
-)
+from jobs.plan import Plan, check_same_model, input_store, make_plan, write_plan
+from jobs.prepare import Prepared, prepare
 from jobs.receipts import OnProgress, Progress, Receipt, Tally
-from jobs.spec import JobPaths, JobSpec
-from pipeline.errors import JobError, OutputConflict, StorageError, TandemError
+from jobs.report import Report
+from jobs.spec import JobPaths
+from pipeline.errors import JobError, TandemError
 from pipeline.model_info import ModelInfo
-from pipeline.shards import Found, Shard
-from pipeline.storage import Store, open_store
+from pipeline.shards import Shard
+from pipeline.storage import Store
 
 COMMITS_AT_ONCE, COMMITS_PENDING = 4, 32
 PROGRESS_EVERY_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """A finished job. Images, errors and seconds are those of this run; `resumed` shards were committed before it.
-
-    `pool` is how the pool ran, by the names of its configuration, each with why.
-    """
-
-    output: str
-    model: str
-    revision: str
-    shards: int
-    resumed: int
-    images: int
-    errors: int
-    seconds: float
-    startup_s: float
-    images_per_s: float
-    replicas: dict[str, int]
-    stage_seconds: dict[str, float]
-    pool: dict[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A job that may run, and what INPUT and OUTPUT held at `looked_s`, by the clock of `Lease`.
-
-    A new job has no `plan`; a finished one has a `report`.
-    """
-
-    spec: JobSpec
-    store: Store
-    plan: Plan | None
-    carried: pa.Schema
-    found: Found
-    names: list[str]
-    looked_s: float
-    report: Report | None = None
-
-
-def prepare(spec: JobSpec) -> Prepared:
-    """Looks at INPUT and OUTPUT, without Ray: what cannot work is found here, in the time of two listings.
-
-    Raises `StorageError` (`Denied` where OUTPUT cannot be written), `UsageError`, and `OutputConflict` for an OUTPUT
-    that is another job's or nobody's.
-    """
-    looked_s, store = uptime_s(), open_store(spec.output)
-    plan = read_plan(store)
-    names = [info.name for info in store.list()] if plan else _foreign(store)
-    if plan is not None:
-        check_same_spec(plan, spec, spec.output)
-        if JobPaths.SUCCESS in names:
-            store.delete(name for name in names if name.startswith(JobPaths.STAGE))  # of a late worker
-            report = _finished(plan, store)
-            return Prepared(
-                spec=spec, store=store, plan=plan, carried=plan.carried, names=names, looked_s=looked_s, report=report,
-                found=Found(plan.shards, Counter(plan.skipped)),
-            )  # fmt: skip
-    found = find_input(spec)
-    if plan is not None:
-        check_same_input(plan, found, spec.output)
-    carried = plan.carried if plan else find_carried(spec, found.shards)
-    _probe(store)
-    return Prepared(spec=spec, store=store, plan=plan, carried=carried, found=found, names=names, looked_s=looked_s)
 
 
 def run_job(
@@ -161,30 +79,6 @@ def _run_job(job: Prepared, config: Config, tell: OnProgress, max_error_share: f
             run = _Run(plan, job.store, lease, Ledger(plan.shards, job.names), tell)
             run.score(pool, max_error_share)
             return run.finish(time.monotonic() - started, pool)
-
-
-def _foreign(store: Store) -> list[str]:
-    """The names under an OUTPUT without a plan, which must be none but what a driver writes before the plan counts."""
-    names = []
-    for info in store.list():
-        ours = info.name == JobPaths.PLAN or info.name.startswith(JobPaths.PROBE) or JobPaths.parse_lease(info.name)
-        if not ours:
-            raise OutputConflict(f"{store.url} holds other files ({info.name}); choose an OUTPUT that is empty")
-        names.append(info.name)
-    return names
-
-
-def _probe(store: Store) -> None:
-    """Finds out what OUTPUT allows before there is work to lose. Raises `Denied`, `StorageError`."""
-    name = f"{JobPaths.PROBE}{uuid.uuid4().hex}"
-    store.create(name, b"first")
-    created = store.create(name, b"second")
-    store.delete([name])
-    if created:
-        raise StorageError(
-            f"{store.url}: the store ignores conditional writes (If-None-Match), which keep two drivers apart; choose "
-            "an OUTPUT in one that has them, as AWS S3, Ceph, MinIO and R2 do"
-        )
 
 
 @contextmanager
@@ -356,8 +250,3 @@ def _causes(error: RayTaskError) -> Iterator[BaseException]:
 def _first_line(error: BaseException) -> str:
     """Ray Data adds lines on how to retry."""
     return next(iter(str(error).strip().splitlines()), "")
-
-
-def _finished(plan: Plan, store: Store) -> Report:
-    done: dict[str, Any] = json.loads(store.read(JobPaths.SUCCESS))
-    return replace(Report(**done), resumed=len(plan.shards), images=0, errors=0, seconds=0.0, images_per_s=0.0)

@@ -68,7 +68,8 @@ def _run_beside(screen: Screen, request: dict[str, Any]) -> dict[str, Any]:
 def _run_here(screen: Screen, spec: JobSpec, config: Config, max_error_share: float | None) -> dict[str, Any]:
     own_ray()
     with uncollected():
-        from jobs.run import prepare, run_job
+        from jobs.prepare import prepare
+        from jobs.run import run_job
 
     job = prepare(spec)  # a wrong bucket is told at once, not after Ray has started
     if job.report is not None:

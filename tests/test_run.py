@@ -18,8 +18,9 @@ from deployments.config import Config, PoolConfig
 from jobs import lease, run
 from jobs.commit import commit_shard
 from jobs.plan import Plan, find_input, make_plan, write_plan
+from jobs.prepare import prepare
 from jobs.receipts import Receipt
-from jobs.run import prepare, run_job
+from jobs.run import run_job
 from jobs.spec import JobPaths, JobSpec
 from pipeline.chunks import ChunkLimits, chunks, to_ipc
 from pipeline.errors import Denied, JobError, OutputConflict, StorageError, TandemError
