@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jobs import lease as module
-from jobs.lease import Fence, Lease, uptime_s
+from jobs.lease import Fence, Lease, refuse_held, uptime_s
 from jobs.spec import JobPaths
-from pipeline.errors import JobError, OutputConflict
+from pipeline.errors import JobError, NotFound, OutputConflict
 from pipeline.local import LocalStore
-from pipeline.storage import Store
+from pipeline.storage import ObjectInfo, Store
 
 
 @pytest.fixture(autouse=True)
@@ -194,15 +200,89 @@ def test_workers_go_on_while_their_own_driver_holds_the_output(store: Store, mon
 
 
 def test_workers_of_a_driver_that_was_replaced_are_kept_off(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FENCE_S", 0.3)
+    monkeypatch.setattr(module, "FENCE_S", 60.0)
     with Lease(store, []) as first:
         fence = Fence(store, first.owner)
         fence.check()
     with Lease(store, names(store)):
         fence.check()  # asked just now
-        time.sleep(module.FENCE_S)
+        monkeypatch.setattr(module, "FENCE_S", 0.0)
         with pytest.raises(JobError, match="another driver works on this OUTPUT now"):
             fence.check()
+
+
+def test_a_renewal_that_lands_after_a_takeover_ends_the_driver_that_sent_it(tmp_path: Path) -> None:
+    paused, clock = _Late(tmp_path), _Clock()
+    other = LocalStore(tmp_path)
+    with Lease(paused, [], clock=clock) as first, ExitStack() as later:
+        second = Lease(_Old(tmp_path), names(other), clock=clock)
+        clock.now += module.LEASE_S - 1
+        paused.before_write = lambda: later.enter_context(second)
+        with pytest.raises(JobError, match="another driver works"):
+            first._renew()
+        with pytest.raises(JobError, match="another driver works"):
+            first.check()
+        second.check()
+        assert names(other) == [JobPaths.lease(2)]
+
+
+def test_a_renewal_that_lands_while_a_newcomer_takes_over_keeps_the_newcomer_out(tmp_path: Path) -> None:
+    clock = _Clock()
+    with Lease(LocalStore(tmp_path), [], clock=clock) as first:
+        newcomer = _Old(tmp_path)
+        newcomer.before_create = first._renew
+        with pytest.raises(OutputConflict, match="just now"):
+            Lease(newcomer, names(newcomer), clock=clock).__enter__()
+        first.check()
+        assert names(newcomer) == [JobPaths.lease(1)]
+
+
+def test_a_lease_that_was_created_by_a_lost_call_is_this_drivers(tmp_path: Path) -> None:
+    clock = _Clock()
+    with Lease(LocalStore(tmp_path), [], clock=clock) as lease:
+        LocalStore(tmp_path).create(JobPaths.lease(2), lease._content(held=True))
+        clock.now += module.LEASE_S + 1
+        lease.check()
+        assert names(LocalStore(tmp_path)) == [JobPaths.lease(2)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 14)), min_size=1, max_size=30), st.randoms())
+def test_in_any_order_of_requests_no_two_drivers_hold_the_output(
+    steps: list[tuple[int, int]], chance: random.Random
+) -> None:
+    world = _World(chance)
+    for driver, seconds in steps:
+        world.now += seconds
+        world.act(driver)
+        assert len(world.holders()) <= 1, world.log
+
+
+@pytest.mark.usefixtures("long_lease")
+def test_an_output_in_use_is_refused_before_a_lease_is_taken(store: Store) -> None:
+    with Lease(store, names(store)):
+        before = names(store)
+        with pytest.raises(OutputConflict, match=r"another driver works on this OUTPUT \(process \d+ on "):
+            refuse_held(store, before)
+        assert names(store) == before
+    refuse_held(store, names(store))  # it was released
+    refuse_held(store, [])
+
+
+def test_a_lease_that_is_not_renewed_is_left_to_the_one_who_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEASE_S", 60.0)
+    monkeypatch.setattr(module, "NOTICE_S", 0.1)
+    store = LocalStore(tmp_path)
+    abandon(store)
+    refuse_held(store, names(store))
+    assert names(store) == [JobPaths.lease(1)]
+
+    monkeypatch.setattr(module, "RENEW_S", 60.0)  # at once: its process ended
+    store.write(JobPaths.lease(1), b"{}")
+    store.delete([JobPaths.lease(1)])
+    abandon(store, pid=_ended_process(), place=module._place())
+    refuse_held(store, names(store))
 
 
 def test_something_else_under_a_leases_name_is_refused(tmp_path: Path) -> None:
@@ -216,6 +296,124 @@ def test_the_numbers_in_names_are_read_back() -> None:
     assert [JobPaths.parse_lease(JobPaths.lease(number)) for number in (1, 10**9)] == [1, 10**9]
     assert JobPaths.parse_lease("_tandem/lease/x.json") is None
     assert JobPaths.parse_lease("lease/00000001.json") is None
+
+
+class _Late(LocalStore):
+    """A folder in which something happens before a write lands."""
+
+    before_write: Callable[[], object] | None = None
+
+    def write(self, name: str, data: bytes) -> None:
+        happens, self.before_write = self.before_write, None
+        if happens:
+            happens()
+        super().write(name, data)
+
+
+class _Old(LocalStore):
+    """A folder whose leases look lapsed, and in which something happens before one is created."""
+
+    before_create: Callable[[], object] | None = None
+
+    def age_s(self, name: str) -> float:
+        return module.LEASE_S + 1
+
+    def create(self, name: str, data: bytes) -> bool:
+        happens, self.before_create = self.before_create, None
+        if happens:
+            happens()
+        return super().create(name, data)
+
+
+class _World:
+    """A store in memory, three drivers, and one clock for all. Between any two requests of one, others may act."""
+
+    url = "memory"
+
+    def __init__(self, chance: random.Random) -> None:
+        self.now, self.log = 1000.0, list[str]()
+        self._chance, self._depth, self._count = chance, 0, 0
+        self._objects: dict[str, tuple[bytes, float, str]] = {}
+        self._leases: dict[int, Lease] = {}
+        self._acting = set[int]()
+
+    def act(self, driver: int) -> None:
+        """Lets the driver take OUTPUT, or renew its lease, if it is not at that already."""
+        if driver in self._acting:
+            return
+        self._acting.add(driver)
+        try:
+            if lease := self._leases.get(driver):
+                lease._renew()
+            elif not self._held():
+                lease = Lease(cast(Store, self), [*self._objects], clock=lambda: self.now)
+                etag = lease._wait_for(JobPaths.lease(lease._seen)) if lease._seen else ""
+                if lease._take(lease._number, etag):
+                    self._leases[driver] = lease
+        except JobError as error:
+            self._leases.pop(driver, None)
+            self.log.append(f"{driver}: {error}")
+        finally:
+            self._acting.discard(driver)
+
+    def holders(self) -> list[int]:
+        """The drivers that would commit now, without another look at the store."""
+        return [driver for driver, lease in self._leases.items() if not lease._lapsed()]
+
+    def _held(self) -> bool:
+        """Whether a newcomer would wait: that is no step of a simulation."""
+        newest = max(self._objects, default="")
+        return bool(newest) and self.now - self._objects[newest][1] <= module.LEASE_S + module.ROUNDING_S
+
+    def _request(self, text: str) -> None:
+        self.log.append(f"{self.now:.0f} {text}")
+        if self._depth < 3 and self._chance.random() < 0.4:
+            self._depth += 1
+            self.now += self._chance.choice((0.0, 1.0, module.LEASE_S))
+            self.act(self._chance.randrange(3))
+            self._depth -= 1
+
+    def write(self, name: str, data: bytes) -> None:
+        self._request(f"write {name}")
+        self._count += 1
+        self._objects[name] = data, self.now, str(self._count)
+        self._request("written")
+
+    def create(self, name: str, data: bytes) -> bool:
+        self._request(f"create {name}")
+        if name in self._objects:
+            return False
+        self._count += 1
+        self._objects[name] = data, self.now, str(self._count)
+        self._request("created")
+        return True
+
+    def read(self, name: str, *, etag: str = "") -> bytes:
+        self._request(f"read {name}")
+        return self._object(name)[0]
+
+    def stat(self, name: str) -> ObjectInfo:
+        self._request(f"stat {name}")
+        data, _, etag = self._object(name)
+        return ObjectInfo(name=name, size=len(data), etag=etag)
+
+    def age_s(self, name: str) -> float:
+        self._request(f"age {name}")
+        return self.now - self._object(name)[1]
+
+    def list(self, under: str = "", *, after: str = "") -> Iterator[ObjectInfo]:
+        self._request("list")
+        return iter([ObjectInfo(name=name, size=0, etag="") for name in sorted(self._objects)])
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._request(f"delete {name}")
+            self._objects.pop(name, None)
+
+    def _object(self, name: str) -> tuple[bytes, float, str]:
+        if name not in self._objects:
+            raise NotFound(name)
+        return self._objects[name]
 
 
 class _Clock:
