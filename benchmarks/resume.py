@@ -77,7 +77,7 @@ def measure(address: str, source: Store, target: Store, images: int) -> dict[str
     return {
         "committed_shards": committed,
         "staged_images": staged,
-        "images_of_the_second_run": report["images"],
+        "images_of_the_second_run": report["run_images"],
         "images_that_neither_stood_nor_were_staged": images - committed * PER_SHARD - staged,
         "seconds": report["seconds"],
         "startup_s": report["startup_s"],

@@ -6,6 +6,7 @@ the pool, which owns the accelerators. Nothing here raises for a bad image: that
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,8 @@ from deployments.scheduling import give_way
 from jobs.lease import Fence
 from jobs.receipts import Receipt
 from jobs.spec import JobPaths
-from pipeline.chunks import ENDS_SHARD, ERROR, Chunk, ChunkLimits, chunks, failed_shard, from_ipc, to_ipc
+from pipeline.chunks import ENDS_SHARD, Chunk, ChunkLimits, chunks, failed_shard, from_ipc, to_ipc
+from pipeline.counts import Counts
 from pipeline.decode import decode_each
 from pipeline.dispatcher import Scores
 from pipeline.errors import ImageError, JobError, OutputConflict, ShardError
@@ -195,15 +197,17 @@ class _Shards(Datasource):
 
 def _read(path: DataPath, shard: Shard, staged: frozenset[int]) -> Iterator[pa.Table]:
     give_way()
-    started = time.perf_counter()
+    started, before = time.perf_counter(), Counts()
     for chunk in _chunks(path, shard):
+        counts = Counts.of_chunk(chunk, shard, before)
+        before += counts
         if chunk.index not in staged:
             row = {
                 "shard": shard.number,
                 "chunk": chunk.index,
                 "last": chunk.last,
                 "read_s": time.perf_counter() - started,
-                "rows": to_ipc(chunk.rows),
+                "rows": to_ipc(chunk.rows.replace_schema_metadata(counts.to_metadata())),
                 "images": chunk.images,
             }
             yield pa.Table.from_pylist([row], schema=_READ)
@@ -304,6 +308,7 @@ class _Caller:
         scores, replica, score_s = self._score(pixels.reshape(-1, height, width, 3))
         started = time.perf_counter()
         rows = scored(from_ipc(row["rows"]), self._path.labels, scores.top_NK, scores.scores_NK)
+        counts = Counts.of_staged(rows)
         name = JobPaths.staged(row["shard"], row["chunk"], last=row["last"])
         self._path.fence.check()
         self._path.target.write(name, to_ipc(rows))
@@ -311,15 +316,16 @@ class _Caller:
             shard=row["shard"],
             chunk=row["chunk"],
             last=row["last"],
-            rows=len(rows),
-            errors=len(rows) - len(scores.top_NK),
+            rows=counts.rows,
+            errors=counts.errors,
             bytes=row["bytes"],
             read_s=row["read_s"],
             decode_s=row["decode_s"],
             score_s=score_s,
             stage_s=time.perf_counter() - started,
             replica=replica,
-            example=next((error for error in rows[ERROR].to_pylist() if error), ""),
+            example=counts.example,
+            counts=json.dumps(counts.to_dict()),
         ).to_table()
 
     def _score(self, images_NHWC: np.ndarray) -> tuple[Scores, str, float]:

@@ -74,6 +74,10 @@ class Ledger:
         """Shards with all chunks staged that are not committed."""
         return sorted(n for n, staged in self._staged.items() if staged.complete() and n not in self._committed)
 
+    def committed_shards(self) -> frozenset[int]:
+        """The shards whose output files stand."""
+        return frozenset(self._committed)
+
     @property
     def done(self) -> int:
         """The number of committed shards."""

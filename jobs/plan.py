@@ -17,13 +17,14 @@ import pyarrow as pa
 from jobs.spec import JobPaths, JobSpec
 from pipeline import __version__
 from pipeline.chunks import ChunkLimits
-from pipeline.errors import JobError, NotFound, OutputConflict, ShardError, UsageError
+from pipeline.errors import JobError, NotFound, OutputConflict, Refused, ShardError, UsageError
 from pipeline.inputs import Columns, open_reader
 from pipeline.model_info import ModelInfo
 from pipeline.shards import Found, Shard, find_shards
 from pipeline.storage import Store, open_store, split_object
+from pipeline.witness import Witnessed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARDS_TRIED = 3
 
 
@@ -70,17 +71,19 @@ def input_store(spec: JobSpec) -> Store:
     return single[0] if single else open_store(spec.input)
 
 
-def find_carried(spec: JobSpec, shards: Sequence[Shard]) -> pa.Schema:
+def find_carried(spec: JobSpec, shards: Sequence[Shard], witness: str = "") -> pa.Schema:
     """The columns that are carried along, with the types that the first readable shard gives them.
+
+    `witness` names an object that can be read, beside which one that cannot is refused alone.
 
     Raises `UsageError` where the first shards do not have what is asked for, or where they leave a choice open.
     """
-    store, problems = input_store(spec), []
+    store, problems = Witnessed(input_store(spec), witness), []
     for shard in shards[:SHARDS_TRIED]:
         try:
             with closing(open_reader(store, shard, spec.columns)) as reader:
                 return reader.carried
-        except ShardError as error:
+        except (ShardError, Refused) as error:
             problems.append(str(error))
     if spec.columns != Columns():
         raise UsageError(problems[0])
@@ -100,10 +103,14 @@ def make_plan(spec: JobSpec, found: Found, carried: pa.Schema, info: ModelInfo) 
     )
 
 
-def write_plan(store: Store, plan: Plan) -> None:
-    """Writes the plan: first its shards, then the file that makes it count."""
+def write_plan(store: Store, plan: Plan) -> Plan:
+    """Writes the plan: first its shards, then the file that makes it count, unless another driver was first.
+
+    Returns the plan that stands. Raises `OutputConflict` where that is another job's, or another INPUT's.
+    """
     lines = "".join(json.dumps(dataclasses.asdict(shard)) + "\n" for shard in plan.shards).encode()
-    store.write(JobPaths.PLAN, lines)
+    digest = hashlib.sha256(lines).hexdigest()
+    store.write(JobPaths.plan(digest), lines)
     job = {
         "version": FORMAT_VERSION,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -114,9 +121,24 @@ def write_plan(store: Store, plan: Plan) -> None:
         "carried": base64.b64encode(plan.carried.serialize()).decode(),
         "shards": len(plan.shards),
         "skipped": plan.skipped,
-        "plan_sha256": hashlib.sha256(lines).hexdigest(),
+        "plan": JobPaths.plan(digest),
+        "plan_sha256": digest,
     }
-    store.write(JobPaths.JOB, json.dumps(job, indent=2).encode())
+    if store.create(JobPaths.JOB, json.dumps(job, indent=2).encode()):
+        return plan
+    standing = read_plan(store)
+    if standing is None:
+        raise OutputConflict(f"{store.url}: another driver planned a job here and removed it; submit again")
+    check_same_spec(standing, plan.spec, plan.spec.output)
+    check_same_input(standing, plan.shards, plan.spec.output)
+    return standing
+
+
+def drop_other_plans(store: Store) -> None:
+    """Deletes the shards of plans that never counted: of drivers that died, or lost the race to plan."""
+    standing = json.loads(store.read(JobPaths.JOB))["plan"]
+    names = [info.name for info in store.list(JobPaths.FOLDER)]
+    store.delete(name for name in names if name.startswith(JobPaths.PLAN) and name != standing)
 
 
 def read_plan(store: Store) -> Plan | None:
@@ -128,10 +150,12 @@ def read_plan(store: Store) -> Plan | None:
     try:
         job: dict[str, Any] = json.loads(written)
         if job["version"] != FORMAT_VERSION:
-            raise JobError(f"{store.url} holds a job of format {job['version']}; this Tandem writes {FORMAT_VERSION}")
-        lines = store.read(JobPaths.PLAN)
+            raise JobError(
+                f"{store.url} holds a job of format {job['version']}; this Tandem reads {FORMAT_VERSION}; {_NEW}"
+            )
+        lines = store.read(job["plan"])
         if hashlib.sha256(lines).hexdigest() != job["plan_sha256"]:
-            raise JobError(f"{store.url}/{JobPaths.PLAN} does not belong to {JobPaths.JOB}; {_NEW}")
+            raise JobError(f"{store.url}/{job['plan']} does not belong to {JobPaths.JOB}; {_NEW}")
         return Plan(
             spec=JobSpec.from_json(json.dumps(job["spec"])),
             revision=job["revision"],
@@ -142,7 +166,7 @@ def read_plan(store: Store) -> Plan | None:
             skipped=job.get("skipped", {}),
         )
     except NotFound as error:
-        raise JobError(f"{store.url} holds {JobPaths.JOB} without its {JobPaths.PLAN}; {_NEW}") from error
+        raise JobError(f"{store.url} holds {JobPaths.JOB} without its plan ({error}); {_NEW}") from error
     except (ValueError, KeyError, TypeError, AttributeError, UsageError, pa.ArrowException) as error:
         raise JobError(f"{store.url}/{JobPaths.JOB} is damaged ({error!r}); {_NEW}") from error
 

@@ -9,19 +9,20 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from jobs.lease import uptime_s
-from jobs.plan import Plan, check_same_input, check_same_spec, find_carried, find_input, read_plan
+from jobs.plan import Plan, check_same_input, check_same_spec, find_carried, find_input, input_store, read_plan
 from jobs.report import Report, read_report
 from jobs.spec import JobPaths, JobSpec
 from pipeline.errors import OutputConflict, StorageError
 from pipeline.shards import Found
 from pipeline.storage import Store, open_store
+from pipeline.witness import find_witness
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A job that may run, and what INPUT and OUTPUT held at `looked_s`, by the clock of `Lease`.
 
-    A new job has no `plan`; a finished one has a `report`.
+    A new job has no `plan`; a finished one has a `report`. `witness` names an object of INPUT that can be read.
     """
 
     spec: JobSpec
@@ -31,6 +32,7 @@ class Prepared:
     found: Found
     names: list[str]
     looked_s: float
+    witness: str = ""
     report: Report | None = None
 
 
@@ -55,16 +57,19 @@ def prepare(spec: JobSpec) -> Prepared:
     found = find_input(spec)
     if plan is not None:
         check_same_input(plan, found, spec.output)
-    carried = plan.carried if plan else find_carried(spec, found.shards)
+    witness = find_witness(input_store(spec), found.shards)
+    carried = plan.carried if plan else find_carried(spec, found.shards, witness)
     _probe(store)
-    return Prepared(spec=spec, store=store, plan=plan, carried=carried, found=found, names=names, looked_s=looked_s)
+    return Prepared(
+        spec=spec, store=store, plan=plan, carried=carried, found=found, names=names, looked_s=looked_s, witness=witness
+    )
 
 
 def _foreign(store: Store) -> list[str]:
     """The names under an OUTPUT without a plan, which must be none but what a driver writes before the plan counts."""
     names = []
     for info in store.list():
-        ours = info.name == JobPaths.PLAN or info.name.startswith(JobPaths.PROBE) or JobPaths.parse_lease(info.name)
+        ours = info.name.startswith((JobPaths.PLAN, JobPaths.PROBE)) or JobPaths.parse_lease(info.name)
         if not ours:
             raise OutputConflict(f"{store.url} holds other files ({info.name}); choose an OUTPUT that is empty")
         names.append(info.name)

@@ -13,9 +13,11 @@ from pipeline.storage import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A finished job. Images, errors and seconds are those of this run; `resumed` shards were committed before it.
+    """A finished job.
 
-    `pool` is how the pool ran, by the names of its configuration, each with why.
+    `images`, of which `scored` and `errors`, and `skipped` (counts by reason) are the whole job's, over all runs. The
+    rest is of the run that finished it: `resumed` shards were committed before, and `run_images` staged, at
+    `images_per_s`. `pool` is how the pool ran, by the names of its configuration, each with why.
     """
 
     output: str
@@ -24,7 +26,10 @@ class Report:
     shards: int
     resumed: int
     images: int
+    scored: int
     errors: int
+    skipped: dict[str, int]
+    run_images: int
     seconds: float
     startup_s: float
     images_per_s: float
@@ -39,4 +44,4 @@ class Report:
 def read_report(plan: Plan, store: Store) -> Report:
     """The report of a finished job, for a call that had nothing left to do."""
     done: dict[str, Any] = json.loads(store.read(JobPaths.SUCCESS))
-    return replace(Report(**done), resumed=len(plan.shards), images=0, errors=0, seconds=0.0, images_per_s=0.0)
+    return replace(Report(**done), resumed=len(plan.shards), run_images=0, seconds=0.0, images_per_s=0.0)

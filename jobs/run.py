@@ -7,30 +7,33 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from ray.exceptions import RayError, RayTaskError
-
 from deployments.board import posted
-from deployments.config import Config, PoolConfig
+from deployments.config import Config
 from deployments.pool import Running, attach, bring_up, take_down
 from deployments.scheduling import give_way
 from jobs.commit import commit_shard
 from jobs.datapath import DataPath
+from jobs.failures import receipts as _receipts
 from jobs.lease import Fence, Lease
 from jobs.ledger import Ledger
-from jobs.plan import Plan, check_same_model, input_store, make_plan, write_plan
+from jobs.plan import Plan, check_same_model, drop_other_plans, input_store, make_plan, write_plan
 from jobs.prepare import Prepared, prepare
 from jobs.receipts import OnProgress, Progress, Receipt, Tally
 from jobs.report import Report
 from jobs.spec import JobPaths
-from pipeline.errors import JobError, TandemError
+from jobs.totals import read_totals, write_tally
+from pipeline.counts import Counts
+from pipeline.errors import JobError
 from pipeline.model_info import ModelInfo
 from pipeline.shards import Shard
 from pipeline.storage import Store
+from pipeline.witness import Witnessed
 
 COMMITS_AT_ONCE, COMMITS_PENDING = 4, 32
 PROGRESS_EVERY_S = 1.0
@@ -74,9 +77,9 @@ def _run_job(job: Prepared, config: Config, tell: OnProgress, max_error_share: f
             if plan is None:
                 plan = make_plan(job.spec, job.found, job.carried, pool.info)
                 lease.check()  # a pool takes its time to come up
-                write_plan(job.store, plan)
+                plan = write_plan(job.store, plan)
             check_same_model(plan, pool.info, job.spec.output)
-            run = _Run(plan, job.store, lease, Ledger(plan.shards, job.names), tell)
+            run = _Run(plan, job.store, lease, Ledger(plan.shards, job.names), tell, witness=job.witness)
             run.score(pool, max_error_share)
             return run.finish(time.monotonic() - started, pool)
 
@@ -96,51 +99,65 @@ def _pool(model: str, config: Config) -> Iterator[Running]:
 class _Run:
     """One driver's work on a job."""
 
-    def __init__(self, plan: Plan, store: Store, lease: Lease, ledger: Ledger, on_progress: OnProgress) -> None:
+    def __init__(
+        self, plan: Plan, store: Store, lease: Lease, ledger: Ledger, on_progress: OnProgress, *, witness: str = ""
+    ) -> None:
         self._plan, self._store, self._lease = plan, store, lease
-        self._ledger, self._on_progress = ledger, on_progress
+        self._ledger, self._on_progress, self._witness = ledger, on_progress, witness
         self._resumed = ledger.done
         self._bytes_total = sum(shard.size for shard in plan.shards)
         self._bytes_done = sum(shard.size for shard in plan.shards if ledger.committed(shard.number))
         self._tally = Tally()
-        self._commits: dict[Future[None], Shard] = {}
+        self._commits: dict[Future[Counts], Shard] = {}
+        self._saved = ledger.done  # shards that the tally in OUTPUT covers
         self._told_s = 0.0
 
     def score(self, pool: Running, max_error_share: float | None) -> None:
-        """Scores and commits all shards that are not committed yet."""
+        """Scores and commits all shards that are not committed yet.
+
+        Raises `JobError` where too many images failed, in this run or an earlier one, or none was scored.
+        """
         for shard in self._ledger.leftovers():
             self._store.delete(self._ledger.names(shard))
             self._ledger.commit(shard)
+        self._tally.committed = read_totals(self._store, self._plan.shards, self._ledger.committed_shards())
+        self._tally.check_errors(max_error_share)
         with ThreadPoolExecutor(COMMITS_AT_ONCE, thread_name_prefix="tandem-commit") as threads:
             for shard in self._ledger.ready():
                 self._commit(threads, self._plan.shards[shard])
             work = self._work()
-            self._tally = Tally()
+            self._tally.started_s = time.monotonic()
             if work:
                 for receipt in _receipts(self._path(pool.info), work, pool.config):
                     self._take(receipt, threads)
                     self._tally.check_errors(max_error_share)
             self._reap(pending=0)
-        self._tally.check_errors(max_error_share, at_least=0)
         if missing := len(self._plan.shards) - self._ledger.done:
-            raise JobError(f"{missing} shards are not complete; submit the job again to go on with it")
+            raise JobError(f"{missing} shards are not complete; submit the job again to resume it")
+        self._save_tally()
+        self._tally.check_errors(max_error_share, at_least=0)
+        self._tally.check_scored()
 
     def finish(self, seconds: float, pool: Running) -> Report:
-        """Writes `_SUCCESS`, which is what marks a finished job, and tells what was done."""
+        """Writes `_SUCCESS`, which is what marks a finished job, and returns the report."""
         self._lease.check()
         self._empty_stage()
-        elapsed_s = self._tally.elapsed_s()
+        drop_other_plans(self._store)
+        elapsed_s, counts = self._tally.elapsed_s(), self._tally.committed
         report = Report(
             output=self._store.url,
             model=self._plan.spec.model,
             revision=self._plan.revision,
             shards=len(self._plan.shards),
             resumed=self._resumed,
-            images=self._tally.images,
-            errors=self._tally.errors,
+            images=counts.rows,
+            scored=counts.scored,
+            errors=counts.errors,
+            skipped=self._skipped(counts),
+            run_images=self._tally.run_images,
             seconds=round(seconds, 3),
             startup_s=round(seconds - elapsed_s, 3),
-            images_per_s=round(self._tally.images / elapsed_s, 1),
+            images_per_s=round(self._tally.run_images / elapsed_s, 1),
             replicas=dict(self._tally.replicas),
             stage_seconds={stage: round(spent, 3) for stage, spent in self._tally.stage_seconds.items()},
             pool=pool.chosen,
@@ -157,7 +174,7 @@ class _Run:
     def _path(self, info: ModelInfo) -> DataPath:
         spec = self._plan.spec
         return DataPath(
-            source=input_store(spec),
+            source=Witnessed(input_store(spec), self._witness),
             target=self._store,
             columns=spec.columns,
             carried=self._plan.carried,
@@ -179,7 +196,8 @@ class _Run:
         ]
 
     def _take(self, receipt: Receipt, threads: ThreadPoolExecutor) -> None:
-        self._tally.add(receipt)
+        if not self._ledger.committed(receipt.shard):  # or a late try staged again what counts already
+            self._tally.add(receipt)
         if self._ledger.stage(receipt.shard, receipt.chunk, receipt.last):
             self._commit(threads, self._plan.shards[receipt.shard])
         self._reap(pending=COMMITS_PENDING)
@@ -199,18 +217,31 @@ class _Run:
             if not done:
                 return
             for future in done:
-                future.result()
+                counts = future.result()
                 shard = self._commits.pop(future)
                 self._ledger.commit(shard.number)
+                self._tally.commit(shard.number, counts)
                 self._bytes_done += shard.size
 
+    def _skipped(self, counts: Counts) -> dict[str, int]:
+        return dict((counts.skipped + Counter(self._plan.skipped)).most_common())
+
+    def _save_tally(self) -> None:
+        if self._saved < self._ledger.done:
+            write_tally(self._store, self._ledger.committed_shards(), self._tally.committed)
+            self._saved = self._ledger.done
+
     def _tell(self, phase: str) -> None:
+        counts = self._tally.counts
         progress = Progress(
             phase=phase,
             shards=len(self._plan.shards),
             shards_done=self._ledger.done,
-            images=self._tally.images,
-            errors=self._tally.errors,
+            images=counts.rows,
+            scored=counts.scored,
+            errors=counts.errors,
+            skipped=self._skipped(counts),
+            run_images=self._tally.run_images,
             bytes_total=self._bytes_total,
             bytes_done=self._bytes_done,
             elapsed_s=round(self._tally.elapsed_s(), 3),
@@ -219,34 +250,4 @@ class _Run:
         self._on_progress(progress)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._store.write(JobPaths.PROGRESS, json.dumps({"updated_at": now, **progress.to_dict()}, indent=2).encode())
-
-
-def _receipts(path: DataPath, work: list[tuple[Shard, frozenset[int]]], pool: PoolConfig) -> Iterator[Receipt]:
-    """The data path's receipts, with errors of workers told as what they are."""
-    try:
-        yield from path.receipts(work, pool)
-    except RayTaskError as error:
-        causes = [*_causes(error)] or [error]
-        for cause in causes:
-            if isinstance(cause, TandemError):
-                raise type(cause)(_first_line(cause)) from error
-        kind, reason = type(causes[-1]).__name__, _first_line(causes[-1])
-        raise JobError(f"a worker failed: {kind}{reason and ': '}{reason}") from error
-    except RayError as error:
-        raise JobError(f"the cluster failed: {_first_line(error)}") from error
-
-
-def _causes(error: RayTaskError) -> Iterator[BaseException]:
-    """What was raised in the worker, and what that came from, without Ray's wrappers."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, RayTaskError):  # which may be of the wrapped error's kind as well
-            cause = cause.cause
-        else:
-            yield cause
-            cause = cause.__cause__
-
-
-def _first_line(error: BaseException) -> str:
-    """Ray Data adds lines on how to retry."""
-    return next(iter(str(error).strip().splitlines()), "")
+        self._save_tally()

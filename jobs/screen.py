@@ -43,6 +43,12 @@ class Screen:
         """Prints how the pool runs, in a line."""
         self.say("pool: " + "; ".join(f"{name} {value}" for name, value in chosen.items()))
 
+    def say_skipped(self, skipped: dict[str, int]) -> None:
+        """Prints what INPUT holds and no row stands for, most frequent first, where there is such."""
+        if skipped:
+            counts = sorted(skipped.items(), key=lambda one: (-one[1], one[0]))
+            self.say("skipped: " + ", ".join(f"{count:,} x {reason}" for reason, count in counts))
+
     def note(self, text: str) -> None:
         """Prints a line on standard error."""
         self.notes.print(text)
@@ -78,6 +84,8 @@ class JobBar:
         told = f"{progress.images:,} images  {progress.images_per_s:,.0f}/s"
         if progress.errors:
             told += f"  {progress.errors:,} errors"
+        if skipped := sum(progress.skipped.values()):
+            told += f"  {skipped:,} skipped"
         if progress.bytes_done and progress.phase == "score":
             left_s = progress.elapsed_s * (progress.bytes_total / progress.bytes_done - 1)
             told += f"  about {left_s:,.0f} s left"

@@ -81,14 +81,21 @@ def portable(model: str) -> str:
 class JobPaths:
     """The names of everything that a job writes, relative to OUTPUT."""
 
+    FOLDER = "_tandem/"
     JOB = "_tandem/job.json"  # written last when a job is planned: where it stands, the plan is whole
-    PLAN = "_tandem/plan.jsonl"
+    PLAN = "_tandem/plan-"  # and a digest of the content: of the plans there, `job.json` names the one that counts
     PROGRESS = "_tandem/progress.json"
+    TALLY = "_tandem/tally.json"
     STAGE = "_tandem/stage/"
     PROBE = "_tandem/stage/probe-"  # under the stage, so that none outlives a job
     LEASE = "_tandem/lease/"
     SUCCESS = "_SUCCESS"
     ERRORS = "_errors/"
+
+    @classmethod
+    def plan(cls, sha256: str) -> str:
+        """The shards of a plan, by the SHA-256 of their lines, in hexadecimal."""
+        return f"{cls.PLAN}{sha256[:16]}.jsonl"
 
     @classmethod
     def staged(cls, shard: int, chunk: int, *, last: bool) -> str:

@@ -82,13 +82,18 @@ def _run_here(screen: Screen, spec: JobSpec, config: Config, max_error_share: fl
 def _show(screen: Screen, report: dict[str, Any]) -> None:
     screen.result(report)
     if report["resumed"] == report["shards"]:
-        screen.say(f"{report['output']} was finished already: {report['shards']:,} shards")
+        screen.say(
+            f"{report['output']} was finished already: {report['shards']:,} shards, {report['scored']:,} images "
+            f"scored, {report['errors']:,} errors"
+        )
+        screen.say_skipped(report["skipped"])
         return
     screen.say(
-        f"{report['images']:,} images in {report['shards'] - report['resumed']:,} shards scored in "
-        f"{report['seconds']:,.1f} s ({report['images_per_s']:,.0f} images/s), {report['errors']:,} errors"
+        f"{report['scored']:,} images in {report['shards']:,} shards scored, {report['errors']:,} errors, in "
+        f"{report['seconds']:,.1f} s ({report['images_per_s']:,.0f} images/s)"
     )
     if report["resumed"]:
-        screen.say(f"{report['resumed']:,} shards stood already")
+        screen.say(f"resumed: {report['resumed']:,} shards were complete; {report['run_images']:,} images in this run")
+    screen.say_skipped(report["skipped"])
     screen.say_choices(report["pool"])
     screen.say(f"output: {report['output']}")

@@ -10,20 +10,20 @@ which the plan records.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
-from pipeline.errors import Changed, NotFound, ShardError, TandemError
+from pipeline.errors import Changed, NotFound, Refused, ShardError, TandemError
 from pipeline.inputs import Reader, Sample
 
 IMAGES_PER_CHUNK = 256
 FIRST_IMAGES = 32
 BYTES_PER_CHUNK = 32 << 20  # of encoded images
 
-# What is the end of one shard, and not of a job: it was damaged, replaced or deleted.
-ENDS_SHARD = (ShardError, Changed, NotFound)
+# What ends one shard, and not a job: it is damaged, was replaced or deleted, or the store refuses it alone.
+ENDS_SHARD = (ShardError, Changed, NotFound, Refused)
 
 # The columns of `rows` that are Tandem's own; what is carried along follows them.
 KEY, ROW, STAGE, ERROR = "key", "row", "stage", "error"
@@ -59,12 +59,18 @@ class ChunkLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """The `index`-th chunk of a shard. `images` are the encoded images of those rows that have no error, in order."""
+    """The `index`-th chunk of a shard. `images` are the encoded images of those rows that have no error, in order.
+
+    The last chunk has what its shard `skipped`, by reason, and the number of images `lost` where the shard ended early:
+    None where that is unknown.
+    """
 
     index: int
     last: bool
     rows: pa.Table
     images: list[bytes]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    lost: int | None = 0
 
 
 def chunks(reader: Reader, shard_name: str, limits: ChunkLimits) -> Iterator[Chunk]:
@@ -73,6 +79,7 @@ def chunks(reader: Reader, shard_name: str, limits: ChunkLimits) -> Iterator[Chu
     What ends the shard early becomes an error row of the final chunk: what was read before it is not lost.
     """
     schema = rows_schema(reader.carried)
+    lost: int | None = 0
     index, held = 0, _Held()
     try:
         for sample in reader:
@@ -82,14 +89,20 @@ def chunks(reader: Reader, shard_name: str, limits: ChunkLimits) -> Iterator[Chu
             held.add(sample)
     except ENDS_SHARD as error:
         held.fail(shard_name, str(error))
-    yield held.chunk(schema, index, last=True)
+        lost = _lost(error)
+    yield replace(held.chunk(schema, index, last=True), skipped=dict(reader.skipped), lost=lost)
 
 
 def failed_shard(shard_name: str, error: TandemError, carried: pa.Schema) -> Chunk:
     """The only chunk of a shard that cannot even be opened; `carried` is what other shards carry."""
     held = _Held()
     held.fail(shard_name, str(error))
-    return held.chunk(rows_schema(carried), 0, last=True)
+    return replace(held.chunk(rows_schema(carried), 0, last=True), lost=_lost(error))
+
+
+def _lost(error: TandemError) -> int | None:
+    """The images that a shard lost as the error ended it, where their number is known."""
+    return error.lost if isinstance(error, ShardError) else None
 
 
 def rows_schema(carried: pa.Schema) -> pa.Schema:

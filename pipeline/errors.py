@@ -5,7 +5,8 @@
     |-- StorageError            the store, or what was asked of it
     |   |-- NotFound
     |   |-- Changed             the object is not the one that was meant
-    |   |-- Denied
+    |   |-- Denied              access in general: the credentials, the bucket, the folder
+    |   |-- Refused             one object alone: what it holds becomes an error row
     |   +-- Unavailable         worth another try: the store did not answer, or asked to slow down
     |-- ModelError              a checkpoint that cannot be loaded
     |   +-- HubUnreachable
@@ -47,6 +48,10 @@ class Changed(StorageError):
 
 class Denied(StorageError):
     """The credentials, or the file's permissions, do not allow it."""
+
+
+class Refused(StorageError):
+    """The store refuses one object alone: it is archived, another account's, or its key is out of reach."""
 
 
 class Unavailable(StorageError):

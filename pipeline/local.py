@@ -56,6 +56,10 @@ class LocalStore:
                 raise Changed(f"{path} was replaced meanwhile")
             return cast(BinaryIO, io.BufferedReader(file, BUFFER_BYTES))
 
+    def probe(self, name: str) -> None:
+        with self.open(name) as file:
+            file.read(1)
+
     def write(self, name: str, data: bytes) -> None:
         path = self._path(name)
         with _translated(path), _written(path.parent, data) as partial:

@@ -7,7 +7,8 @@ staged: their rows become the output file, and those with an error become the sh
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -65,10 +66,13 @@ def with_errors(rows: pa.Table, stage: str, errors: Sequence[str | None]) -> pa.
     )
 
 
-def shard_files(stages: Iterable[pa.Table], shard_name: str, metadata: dict[str, str]) -> tuple[bytes, bytes | None]:
+def shard_files(
+    stages: Iterable[pa.Table], shard_name: str, metadata: dict[str, str], footer: Callable[[], dict[str, str]] = dict
+) -> tuple[bytes, bytes | None]:
     """The output file, and the error file or None, of a shard's staged chunks.
 
-    The tables come in the order of their chunks. Both files carry `metadata`, keys prefixed with `tandem.`.
+    The tables come in the order of their chunks. Both files carry `metadata`, keys prefixed with `tandem.`. What
+    `footer` returns once all tables have come is added to the output file's, as it is.
     """
     shard_name = utf8(shard_name)
     described = {f"tandem.{key}": utf8(value) for key, value in metadata.items()}
@@ -77,7 +81,7 @@ def shard_files(stages: Iterable[pa.Table], shard_name: str, metadata: dict[str,
         good = pc.is_null(stage[STAGE])
         scores.add(_score_table(stage.filter(good), shard_name))
         errors.add(_error_table(stage.filter(pc.invert(good)), shard_name))
-    return scores.finish(), errors.finish() if errors.rows else None
+    return scores.finish(footer()), errors.finish() if errors.rows else None
 
 
 def _score_table(table: pa.Table, shard_name: str) -> pa.Table:
@@ -119,9 +123,10 @@ class _File:
         if self._held_rows >= ROW_GROUP_ROWS:
             self._flush()
 
-    def finish(self) -> bytes:
+    def finish(self, footer: Mapping[str, str] = MappingProxyType({})) -> bytes:
         self._flush()
         assert self._writer is not None, "a shard has at least one chunk"
+        self._writer.add_key_value_metadata(footer)
         self._writer.close()
         return self._sink.getvalue()
 

@@ -19,7 +19,7 @@ import urllib3.exceptions
 from botocore import exceptions as boto
 from botocore.config import Config
 
-from pipeline.errors import Changed, Denied, NotFound, StorageError, Unavailable
+from pipeline.errors import Changed, Denied, NotFound, Refused, StorageError, Unavailable
 from pipeline.patience import patiently
 from pipeline.ranged import open_ranged
 from pipeline.storage import ObjectInfo
@@ -31,13 +31,16 @@ DELETE_AT_ONCE = 1000  # the protocol's limit
 _NOT_FOUND = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _EXISTS = {"412", "PreconditionFailed"}
 _SHORTER = {"416", "InvalidRange"}
+_ARCHIVED = "InvalidObjectState"
+_KEY = "KMS."  # begins the codes of a key that is disabled, deleted or out of reach
+_KEY_ACTION = " kms:"  # stands in the message where the key's policy denies its use, under the code AccessDenied
 _DENIED = {
-    "401", "403", "AccessDenied", "AllAccessDisabled", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken",
-    "SignatureDoesNotMatch",
+    "401", "403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "InvalidAccessKeyId",
+    "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired",
 }  # fmt: skip
 _UNAVAILABLE = {
     "409", "429", "500", "502", "503", "504", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown",
-    "Throttling", "ThrottlingException",
+    "Throttling", "ThrottlingException", "KMS.ThrottlingException", "KMS.KMSInternalException",
 }  # fmt: skip
 _NO_CREDENTIALS = (
     boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.NoAuthTokenError,
@@ -80,6 +83,9 @@ class S3Store:
         info = self.stat(name)
         self._check_tag(name, info.etag, etag)
         return open_ranged(lambda start, stop: self._range(info, start, stop), info.size)
+
+    def probe(self, name: str) -> None:
+        patiently(lambda: self._get(name, "", Range="bytes=0-0"))
 
     def write(self, name: str, data: bytes) -> None:
         self._call("put_object", name, Body=data)
@@ -225,10 +231,14 @@ def _of_code(url: str, codes: set[str], message: str) -> StorageError:
         return NotFound(f"{url} does not exist")
     if codes & _SHORTER:
         return Changed(f"{url} was replaced meanwhile")
-    if codes & _DENIED:
-        return Denied(f"{url}: the store refuses access ({message}); check the credentials and the bucket's policy")
+    if _ARCHIVED in codes:
+        return Refused(f"{url}: the object is archived ({message}); restore it first (aws s3api restore-object)")
     if codes & _UNAVAILABLE:
         return Unavailable(f"{url}: the store asks to come back later ({message})")
+    if any(code.startswith(_KEY) for code in codes) or ("AccessDenied" in codes and _KEY_ACTION in message):
+        return Refused(f"{url}: the object's encryption key cannot be used ({message}); check the key and its policy")
+    if codes & _DENIED:
+        return Denied(f"{url}: the store refuses access ({message}); check the credentials and the bucket's policy")
     return StorageError(f"{url}: {message}")
 
 

@@ -42,6 +42,11 @@ class Shard:
     after: str = ""
     last: str = ""
 
+    @property
+    def images(self) -> int | None:
+        """The number of images, where a listing shows it: of a slice, its files."""
+        return Fingerprint.count_of(self.etag) if self.format == "images" else None
+
 
 @dataclass(frozen=True)
 class Found:
@@ -120,6 +125,11 @@ class Fingerprint:
 
     def etag(self) -> str:
         return f"{self.count}-{self._digest.hexdigest()[:32]}"
+
+    @staticmethod
+    def count_of(etag: str) -> int:
+        """The count in what `etag` returned."""
+        return int(etag.partition("-")[0])
 
 
 class _Slices:

@@ -44,6 +44,9 @@ class Store(Protocol):
     def open(self, name: str, *, etag: str = "") -> BinaryIO:
         """The object as a seekable, buffered file. Raises as `read` does, also while it is read."""
 
+    def probe(self, name: str) -> None:
+        """Reads the object's first byte, if it has one. Raises as `read` does, and `Changed` of an empty object."""
+
     def write(self, name: str, data: bytes) -> None:
         """Creates or replaces the object at once: a reader sees the old content or the new, never a part."""
 

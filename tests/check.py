@@ -56,8 +56,9 @@ def read_output(url: str) -> Output:
     names = [info.name for info in store.list()]
     assert JobPaths.SUCCESS in names
     assert not [name for name in names if name.startswith(JobPaths.STAGE)]
-    shards = [json.loads(line)["output"] for line in store.read(JobPaths.PLAN).splitlines()]
-    expected = {JobPaths.JOB, JobPaths.PLAN, JobPaths.PROGRESS, JobPaths.SUCCESS, *shards}
+    plan = json.loads(store.read(JobPaths.JOB))["plan"]
+    shards = [json.loads(line)["output"] for line in store.read(plan).splitlines()]
+    expected = {JobPaths.JOB, plan, JobPaths.PROGRESS, JobPaths.TALLY, JobPaths.SUCCESS, *shards}
     errors = [name for name in names if name.startswith(JobPaths.ERRORS)]
     leases = [name for name in names if JobPaths.parse_lease(name)]
     assert len(leases) == 1

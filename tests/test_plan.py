@@ -94,6 +94,10 @@ def test_an_output_without_a_plan_has_none(tmp_path: Path, plan: Plan) -> None:
     assert read_plan(store) is None, "the job file is written last, so without it there is no plan yet"
 
 
+def _plan_name(store: LocalStore) -> str:
+    return str(json.loads(store.read(JobPaths.JOB))["plan"])
+
+
 def _edit(**changes: Any) -> Callable[[bytes], bytes]:
     return lambda text: json.dumps(json.loads(text) | changes).encode()
 
@@ -114,20 +118,21 @@ def _edit(**changes: Any) -> Callable[[bytes], bytes]:
     ],
 )
 def test_a_damaged_plan_is_refused(store: LocalStore, name: str, damage: Callable[[bytes], bytes]) -> None:
+    name = name if name == JobPaths.JOB else _plan_name(store)
     store.write(name, damage(store.read(name)))
     with pytest.raises(JobError, match="submit to a new OUTPUT"):
         read_plan(store)
 
 
 def test_a_job_file_without_its_shards_is_refused(store: LocalStore) -> None:
-    store.delete([JobPaths.PLAN])
-    with pytest.raises(JobError, match=r"job\.json without its _tandem/plan\.jsonl"):
+    store.delete([_plan_name(store)])
+    with pytest.raises(JobError, match=r"job\.json without its plan .*_tandem/plan-[0-9a-f]{16}\.jsonl does not exist"):
         read_plan(store)
 
 
 def test_a_plan_of_a_later_format_is_refused_whatever_else_it_holds(store: LocalStore) -> None:
     store.write(JobPaths.JOB, b'{"version": 99}')
-    with pytest.raises(JobError, match=f"format 99; this Tandem writes {FORMAT_VERSION}"):
+    with pytest.raises(JobError, match=f"format 99; this Tandem reads {FORMAT_VERSION}"):
         read_plan(store)
 
 

@@ -61,6 +61,6 @@ def test_at_the_end_it_is_judged_over_what_there_was() -> None:
 
 
 def test_progress_tells_its_rate() -> None:
-    assert Progress(phase="score", images=100, elapsed_s=4.0).images_per_s == 25.0
+    assert Progress(phase="score", images=500, run_images=100, elapsed_s=4.0).images_per_s == 25.0
     assert Progress(phase="pool").images_per_s == 0.0
-    assert Progress(phase="score", images=1, elapsed_s=3.0).to_dict()["images_per_s"] == 0.3
+    assert Progress(phase="score", images=1, run_images=1, elapsed_s=3.0).to_dict()["images_per_s"] == 0.3

@@ -42,8 +42,10 @@ INFO = ModelInfo(
     versions={},
 )
 REPORT = {
-    "output": "OUT", "model": "org/name", "revision": "abc", "shards": 1, "resumed": 0, "images": 2, "errors": 0,
-    "seconds": 1.0, "startup_s": 0.5, "images_per_s": 4.0, "replicas": {"a": 2}, "stage_seconds": {},
+    "output": "OUT", "model": "org/name", "revision": "abc", "shards": 1, "resumed": 0,
+    "images": 2, "scored": 1, "errors": 1,
+    "skipped": {"hidden": 3}, "run_images": 2, "seconds": 1.0, "startup_s": 0.5, "images_per_s": 4.0,
+    "replicas": {"a": 2}, "stage_seconds": {},
 }  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def test_a_store_that_cannot_keep_two_drivers_apart_is_refused(spec: JobSpec, mo
 
 def test_what_a_driver_left_that_died_before_its_plan_counted_is_no_foreign_file(spec: JobSpec) -> None:
     store = LocalStore(Path(spec.output))
-    for name in (JobPaths.PLAN, JobPaths.lease(1), f"{JobPaths.PROBE}1234"):
+    for name in (JobPaths.plan("0" * 64), JobPaths.lease(1), f"{JobPaths.PROBE}1234"):
         store.write(name, b"{}")
     assert prepare(spec).plan is None
 
@@ -90,7 +92,8 @@ def test_a_job_that_another_driver_finishes_meanwhile_is_done(spec: JobSpec, mon
 
     report = run_job(job, Config())
 
-    assert (report.resumed, report.images) == (1, 0)
+    assert (report.resumed, report.run_images) == (1, 0)
+    assert (report.images, report.scored, report.errors, report.skipped) == (2, 1, 1, {"hidden": 3})
     assert json.loads(store.read(JobPaths.SUCCESS)) == REPORT
 
 
@@ -100,7 +103,7 @@ def test_what_a_late_worker_staged_is_dropped_when_a_finished_job_is_submitted_a
     _stage(store, plan)
     store.write(JobPaths.SUCCESS, json.dumps(REPORT).encode())
     assert prepare(spec).report is not None
-    assert names_in(store) == sorted([JobPaths.SUCCESS, JobPaths.JOB, JobPaths.PLAN])
+    assert names_in(store) == sorted([JobPaths.SUCCESS, JobPaths.JOB, json.loads(store.read(JobPaths.JOB))["plan"]])
 
 
 def test_a_stage_that_is_gone_is_no_loss_where_the_output_stands(spec: JobSpec) -> None:

@@ -76,7 +76,8 @@ def test_drivers_that_are_killed_at_each_moment_are_followed_by_one_that_finishe
     done = submit(address, corpus.url, target)
 
     assert done.code == 0, done.err
-    assert done.json["images"] == 0  # all of them stood
+    assert done.json["run_images"] == 0  # all of them stood
+    assert done.json["scored"] == len(corpus.keys)
     check_output(target, corpus.keys, corpus.undisturbed)
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pyarrow as pa
 
-from pipeline.errors import Changed, NotFound, ShardError, UsageError
+from pipeline.errors import Changed, NotFound, Refused, ShardError, UsageError
 from pipeline.inputs.sample import MAX_IMAGE_BYTES, Columns, Sample, too_large
 from pipeline.shards import Fingerprint, Shard, slice_of
 from pipeline.storage import ObjectInfo, Store
@@ -53,6 +53,8 @@ class ImagesReader:
             return Sample(row=row, key=info.name, data=None, error="the file was deleted while the job ran")
         except Changed:
             return Sample(row=row, key=info.name, data=None, error="the file was replaced while the job ran")
+        except Refused as error:
+            return Sample(row=row, key=info.name, data=None, error=str(error))
         return Sample(row=row, key=info.name, data=data)
 
     def _check_unchanged(self, files: list[ObjectInfo]) -> None:

@@ -47,7 +47,8 @@ class Reader(Protocol):
     "hidden", "symlink". It is complete once the shard is read.
 
     Iterating raises `ShardError` where the shard cannot be read any further; what was yielded before stands.
-    `StorageError` is raised as it comes, `Changed` where the shard is not the one that was planned.
+    `StorageError` is raised as it comes: `Refused` where the store refuses this shard alone, `Changed` where the shard
+    is not the one that was planned.
     """
 
     carried: pa.Schema

@@ -158,12 +158,14 @@ function job(one) {
   const item = document.createElement("li");
   const share = one.bytes_total ? one.bytes_done / one.bytes_total : 0;
   const errors = one.errors ? `, ${counted.format(one.errors)} errors` : "";
+  const skipped = Object.values(one.skipped ?? {}).reduce((sum, count) => sum + count, 0);
+  const left = skipped ? `, ${counted.format(skipped)} skipped` : "";
   const told = { pool: "waits for the pool", score: "scores", done: "done" }[one.phase];
   const bar = element("progress", "", { max: 1, value: share });
   bar.setAttribute("aria-label", `Progress of ${one.output}`);
   const numbers =
     `${told}: ${one.shards_done} of ${one.shards} shards, ${counted.format(one.images)} images` +
-    `${errors}, ${counted.format(Math.round(one.images_per_s))}/s`;
+    `${errors}${left}, ${counted.format(Math.round(one.images_per_s))}/s`;
   item.append(element("div", one.output), bar, element("div", numbers, { className: "note" }));
   return item;
 }
