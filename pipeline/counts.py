@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import pyarrow as pa
 
@@ -19,6 +19,8 @@ from pipeline.shards import Shard
 
 PREFIX = "tandem."
 EXAMPLE_CHARACTERS = 500
+
+Metadata = Mapping[bytes, bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ class Counts:
         return {PREFIX + name: json.dumps(value) for name, value in self.to_dict().items()}
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> Counts:
+    def from_metadata(cls, metadata: Metadata | None) -> Counts:
         """The reverse of `to_metadata`, among other keys. Raises as `from_dict` does."""
         values = metadata or {}
         return cls.from_dict({one.name: json.loads(values[(PREFIX + one.name).encode()]) for one in fields(cls)})
@@ -96,34 +98,33 @@ class Counts:
     def of_chunk(cls, chunk: Chunk, shard: Shard, before: Counts) -> Counts:
         """Those of a chunk as it was read, behind chunks of the same shard with counts `before`."""
         read, size = len(chunk.images), sum(map(len, chunk.images))
-        counts = {"read": read, "bytes": size, "skipped": Counter(chunk.skipped)}
+        counts = cls(rows=len(chunk.rows), read=read, bytes=size, skipped=Counter(chunk.skipped))
         if not chunk.last:
-            return cls(**counts)
+            return counts
         lost = chunk.lost
         if lost is None and shard.images is not None:
-            lost = shard.images - before.read - read
+            lost = shard.images - (before.rows + counts.rows - 1)
         if lost is not None:
-            return cls(**counts, lost=max(0, lost - 1), whole_shards=int(not lost))
+            return replace(counts, lost=max(0, lost - 1), whole_shards=int(not lost))
         unread = max(0, shard.size - before.bytes - size)
-        return cls(**counts, unread_bytes=unread, failed_shards=int(not shard.size))
+        return replace(counts, unread_bytes=unread, failed_shards=int(not shard.size))
 
     @classmethod
     def of_staged(cls, table: pa.Table) -> Counts:
         """Those of a staged chunk: of its rows, and of how they were read, as far as its metadata states that."""
         read = cls.from_metadata(table.schema.metadata) if table.schema.metadata else cls()
         example = next((error for error in table[ERROR].to_pylist() if error), "")
-        return Counts(
-            **{name: getattr(read, name) for name in _NUMBERS if name not in ("rows", "errors", "whole_rows")},
+        return replace(
+            read,
             rows=len(table),
             errors=len(table) - table[STAGE].null_count,
             whole_rows=len(table) * read.whole_shards,
-            skipped=read.skipped,
             example=example[:EXAMPLE_CHARACTERS],
         )
 
     def of_shard(self) -> Counts:
         """The sum of all chunks of one shard, as those of the shard."""
-        return Counts(**{**self.__dict__, "whole_rows": self.rows * self.whole_shards})
+        return replace(self, whole_rows=self.rows * self.whole_shards)
 
 
 _NUMBERS = tuple(one.name for one in fields(Counts) if one.name not in ("skipped", "example"))
@@ -132,4 +133,4 @@ _NUMBERS = tuple(one.name for one in fields(Counts) if one.name not in ("skipped
 def _natural(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{value!r} is not a count")
-    return cast(int, value)
+    return value

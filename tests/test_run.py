@@ -17,6 +17,7 @@ from ray.exceptions import RayTaskError
 from deployments.config import Config, PoolConfig
 from jobs import lease, run
 from jobs.commit import commit_shard
+from jobs.failures import receipts
 from jobs.plan import Plan, find_input, make_plan, write_plan
 from jobs.prepare import prepare
 from jobs.receipts import Receipt
@@ -143,7 +144,7 @@ def test_an_error_of_a_worker_is_told_in_its_own_words(raised: Exception, kind: 
             yield
 
     with pytest.raises(TandemError) as caught:
-        list(run._receipts(Path(), [], PoolConfig()))  # type: ignore[arg-type]
+        list(receipts(Path(), [], PoolConfig()))  # type: ignore[arg-type]
     assert (type(caught.value), str(caught.value)) == (kind, told)
 
 
