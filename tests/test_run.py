@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from deployments.config import Config, PoolConfig
 from jobs import lease, run
 from jobs.commit import commit_shard
 from jobs.failures import receipts
-from jobs.plan import Plan, find_input, make_plan, write_plan
+from jobs.plan import Plan, drop_other_plans, find_input, make_plan, read_plan, write_plan
 from jobs.prepare import prepare
 from jobs.receipts import Receipt
 from jobs.run import run_job
@@ -105,6 +106,30 @@ def test_what_a_late_worker_staged_is_dropped_when_a_finished_job_is_submitted_a
     store.write(JobPaths.SUCCESS, json.dumps(REPORT).encode())
     assert prepare(spec).report is not None
     assert names_in(store) == sorted([JobPaths.SUCCESS, JobPaths.JOB, json.loads(store.read(JobPaths.JOB))["plan"]])
+
+
+def test_of_two_drivers_that_plan_at_once_both_go_by_the_plan_that_stands(spec: JobSpec) -> None:
+    store = LocalStore(Path(spec.output))
+    first, second = _plan(spec), replace(_plan(spec), versions={"tandem": "another"})
+    assert write_plan(store, first) == first
+    assert write_plan(store, second) == first
+
+    LocalStore(Path(spec.input)).write("b.tar", tar_of({"one.png": b"1"}))
+    with pytest.raises(OutputConflict, match=r"b\.tar came after the job was planned"):
+        write_plan(store, _plan(spec))
+    with pytest.raises(OutputConflict, match="top_k was 1, now 2"):
+        write_plan(store, replace(first, spec=replace(spec, top_k=2)))
+    assert read_plan(store) == first
+
+
+def test_plans_that_never_counted_are_dropped(spec: JobSpec) -> None:
+    store, plan = LocalStore(Path(spec.output)), _plan(spec)
+    write_plan(store, plan)
+    before = names_in(store)
+    store.write(JobPaths.plan("0" * 64), b"of a driver that died")
+    drop_other_plans(store)
+    assert names_in(store) == before
+    assert read_plan(store) == plan
 
 
 def test_a_stage_that_is_gone_is_no_loss_where_the_output_stands(spec: JobSpec) -> None:
