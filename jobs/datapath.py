@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoolStrategy
 from ray.data.block import BlockMetadata
@@ -32,7 +33,7 @@ from pipeline.errors import ImageError, JobError, OutputConflict, ShardError
 from pipeline.imports import uncollected
 from pipeline.inputs import Columns, open_reader
 from pipeline.isolation import IsolatedReader, decode_isolated
-from pipeline.output import scored, with_errors
+from pipeline.output import scored_or_failed, with_errors
 from pipeline.shards import Shard
 from pipeline.storage import Store
 from pipeline.transform import ImageTransform
@@ -303,7 +304,7 @@ class _Caller:
         pixels = np.frombuffer(_only(table[PIXELS])[0].as_buffer(), np.uint8)
         scores, replica, score_s = self._score(pixels.reshape(-1, height, width, 3))
         started = time.perf_counter()
-        rows = scored(from_ipc(row["rows"]), self._path.labels, scores.top_NK, scores.scores_NK)
+        rows = scored_or_failed(from_ipc(row["rows"]), self._path.labels, scores.top_NK, scores.scores_NK)
         name = JobPaths.staged(row["shard"], row["chunk"], last=row["last"])
         self._path.fence.check()
         self._path.target.write(name, to_ipc(rows))
@@ -312,7 +313,7 @@ class _Caller:
             chunk=row["chunk"],
             last=row["last"],
             rows=len(rows),
-            errors=len(rows) - len(scores.top_NK),
+            errors=pc.count(rows[ERROR]).as_py(),
             bytes=row["bytes"],
             read_s=row["read_s"],
             decode_s=row["decode_s"],
