@@ -153,7 +153,7 @@ def pools(setting: Setting, name: str, *, fifo: bool) -> Iterator[list[Any]]:
             self._dispatcher = Dispatcher(Simulated(setting.stretch), limits, times)
 
         async def score_online(
-            self, images_NHWC: np.ndarray, top_k: int, within_s: float, details: bool = False
+            self, images_NHWC: np.ndarray, top_k: int, within_s: Sequence[float], details: bool = False
         ) -> Any:
             if not fifo:
                 return await super().score_online(images_NHWC, top_k, within_s, details)
@@ -217,7 +217,7 @@ async def crowd(setting: Setting, handles: list[Any], seed: int) -> list[float]:
 
 async def ask(handle: Any, images_NHWC: np.ndarray, due_s: float) -> tuple[float, float]:
     """When the request was due, and the ms from then to its answer."""
-    await handle.score_online.remote(images_NHWC, 1, 1e9)
+    await handle.score_online.remote(images_NHWC, 1, [1e9] * len(images_NHWC))
     return due_s, (time.perf_counter() - due_s) * 1e3
 
 

@@ -277,7 +277,7 @@ async def random_requests(
     waiting = []
 
     async def one(due_s: float) -> float:
-        await ask.remote(pixels_NHWC, 5, ONLINE_WITHIN_S)
+        await ask.remote(pixels_NHWC, 5, [ONLINE_WITHIN_S])
         return (time.perf_counter() - due_s) * 1e3
 
     await one(time.perf_counter())  # the first one makes the way, and is not counted

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from pipeline.dispatcher import Scores
+from pipeline.errors import Busy, DeviceLost, Expired
 
 
 @dataclass(frozen=True)
@@ -14,3 +16,7 @@ class Answer:
     scores: Scores
     replica: str
     scores_as: str
+
+
+# Returned, not raised: Serve would log a stack trace for each.
+Refusal: TypeAlias = Busy | Expired | DeviceLost

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.answer import Answer
+from deployments.answer import Answer, Refusal
 from pipeline.errors import Busy, PoolFailed
 
 ATTEMPTS = 8  # of a chunk whose replica died or was not there
@@ -25,25 +25,43 @@ CALL_TIMEOUT_S = 600.0
 def score_chunk(pool: DeploymentHandle[Any], images_NHWC: np.ndarray, top_k: int) -> Answer:
     """The scores of uint8 images [N, H, W, 3], N > 0.
 
-    Waits while the lanes are full, and tries again where a replica dies. Raises `PoolFailed` for a step that fails on
-    the model itself, and for a pool that is not back after `ATTEMPTS` tries.
+    Waits while the lanes are full, and retries where a replica dies, loses its device or cannot fetch the chunk. Raises
+    `PoolFailed` for a step that fails on the model itself, and after `ATTEMPTS` failures.
     """
     chunk = ray.put(images_NHWC)
-    failures, patience_s = 0, FIRST_PAUSE_S
+    failures, busy_pause_s = 0, FIRST_PAUSE_S
     while True:
-        try:
-            answer = pool.score_batch.remote({"chunk": chunk}, len(images_NHWC), top_k).result(timeout_s=CALL_TIMEOUT_S)
-        except RayTaskError as error:
-            raise PoolFailed(f"the model failed on a chunk of {len(images_NHWC)} images: {error.cause}") from error
-        except (RayError, RayServeException, TimeoutError) as error:
+        answer = _call(pool, chunk, len(images_NHWC), top_k)
+        if isinstance(answer, Answer):
+            return answer
+        if isinstance(answer, Busy):
+            pause_s = min(max(busy_pause_s, answer.retry_after_s), LONGEST_BUSY_S)
+            busy_pause_s = min(2 * busy_pause_s, LONGEST_BUSY_S)
+        else:
             failures += 1
             if failures == ATTEMPTS:
-                raise PoolFailed(f"the pool did not answer {ATTEMPTS} times: {error}") from error
+                raise PoolFailed(f"the pool did not score a chunk in {ATTEMPTS} attempts: {answer}") from answer
             pause_s = min(FIRST_PAUSE_S * 2**failures, LONGEST_PAUSE_S)
-        else:
-            if isinstance(answer, Answer):
-                return answer
-            assert isinstance(answer, Busy)
-            pause_s = min(max(patience_s, answer.retry_after_s), LONGEST_BUSY_S)
-            patience_s = min(2 * patience_s, LONGEST_BUSY_S)
+            if isinstance(answer, ObjectLostError):
+                chunk = ray.put(images_NHWC)
         time.sleep(pause_s * random.uniform(0.5, 1.0))
+
+
+def _call(
+    pool: DeploymentHandle[Any], chunk: ray.ObjectRef[np.ndarray], images: int, top_k: int
+) -> Answer | Refusal | Exception:
+    """What a replica answers, or an error that is worth a retry. Raises `PoolFailed` for one that is not."""
+    response = pool.score_batch.remote({"chunk": chunk}, images, top_k)
+    try:
+        answer: Answer | Refusal = response.result(timeout_s=CALL_TIMEOUT_S)
+    except TimeoutError:
+        response.cancel()  # type: ignore[no-untyped-call]  # or it would be scored beside the next attempt
+        return TimeoutError(f"no answer within {CALL_TIMEOUT_S:g} s")
+    except RayTaskError as error:
+        cause = error.cause
+        if not isinstance(cause, RayError):
+            raise PoolFailed(f"the model failed on a chunk of {images} images: {cause}") from error
+        return cause  # the replica could not fetch the chunk
+    except (RayError, RayServeException) as error:
+        return error
+    return answer

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.dispatcher import Scores
+from pipeline.errors import Expired
 
 
 class Scored(Protocol):
@@ -32,8 +33,8 @@ class Scored(Protocol):
         """Its id."""
 
 
-# uint8 [N, H, W, 3], top_k, details, and the event loop's time at which nobody waits any more
-Call = Callable[[np.ndarray, int, bool, float], Awaitable[Scored]]
+# uint8 [N, H, W, 3], top_k, details, and of each image the event loop's time at which nobody waits for it any more
+Call = Callable[[np.ndarray, int, bool, Sequence[float]], Awaitable[Scored]]
 
 
 @dataclass(eq=False, slots=True)
@@ -98,15 +99,20 @@ class Coalescer:
                 np.stack([item.image_HWC for item in items]),
                 max(item.top_k for item in items),
                 any(item.details for item in items),
-                max(item.ends_s for item in items),
+                [item.ends_s for item in items],
             )
         except Exception as error:
             for item in items:
                 if not item.done.done():
                     item.done.set_exception(error)
             return
+        expired_N = answer.scores.expired_N
         for index, item in enumerate(items):
-            if not item.done.done():
+            if item.done.done():
+                continue
+            if expired_N is not None and expired_N[index]:
+                item.done.set_exception(Expired("the request's deadline passed while it waited for the model"))
+            else:
                 part = answer.scores.part(index, index + 1, item.top_k, details=item.details)
                 item.done.set_result((part, answer.replica))
 

@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve import RunTarget
 from ray.serve.exceptions import RayServeException
 
-from deployments.answer import Answer
+from deployments.answer import Answer, Refusal
 from deployments.board import running_jobs
 from deployments.channels.client import ChannelLost
 from deployments.channels.frames import Address
@@ -52,7 +52,7 @@ from deployments.web.app import build_app
 from deployments.web.listener import Listener, check_free
 from deployments.web.scoring import Image, Scored, Wanted, check_wanted, other_function, scored_as_wanted
 from pipeline.decode import decode_image, resize_pixels
-from pipeline.errors import Busy, Expired, ImageError, ModelError, PoolFailed, TandemError
+from pipeline.errors import DeviceLost, ImageError, ModelError, PoolFailed, TandemError
 from pipeline.model_info import ModelInfo
 
 APP = "tandem-http"
@@ -162,14 +162,23 @@ class Endpoint:
         (scored,) = scored_as_wanted(scores, self._info, wanted, replica)
         return scored
 
-    async def _call(self, images_NHWC: np.ndarray, top_k: int, details: bool, ends_s: float) -> Answer:
+    async def _call(self, images_NHWC: np.ndarray, top_k: int, details: bool, ends_s: Sequence[float]) -> Answer:
+        with suppress(DeviceLost):
+            return await self._call_once(images_NHWC, top_k, details, ends_s)
+        return await self._call_once(images_NHWC, top_k, details, ends_s)  # by another replica
+
+    async def _call_once(self, images_NHWC: np.ndarray, top_k: int, details: bool, ends_s: Sequence[float]) -> Answer:
         loop = asyncio.get_running_loop()
+
+        def within_s() -> list[float]:
+            return [one_s - loop.time() for one_s in ends_s]
+
         with suppress(ChannelLost):
-            answer = await self._channels.call(images_NHWC, top_k, ends_s - loop.time(), details)
+            answer = await self._channels.call(images_NHWC, top_k, within_s(), details)
             self._metrics.called("channel")
             return answer
-        found: Answer | Busy | Expired = await _answer(
-            lambda: self._pool.score_online.remote(images_NHWC, top_k, ends_s - loop.time(), details)
+        found: Answer | Refusal = await _answer(
+            lambda: self._pool.score_online.remote(images_NHWC, top_k, within_s(), details)
         )
         if not isinstance(found, Answer):
             raise found

@@ -13,7 +13,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -28,15 +28,16 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 
-from deployments.answer import Answer
+from deployments.answer import Answer, Refusal
 from deployments.autoscaling import BATCH_SHARE, BATCH_STEPS, ONLINE_SHARE
 from deployments.channels.frames import Address
 from deployments.channels.server import ChannelServer
 from deployments.config import PoolConfig
 from deployments.metrics import ReplicaMetrics
 from deployments.scheduling import come_first
-from pipeline.dispatcher import Dispatcher
-from pipeline.errors import Busy, Expired, ModelError, PoolFailed
+from pipeline.device_errors import is_device_lost
+from pipeline.dispatcher import Dispatcher, Scores
+from pipeline.errors import Busy, DeviceLost, Expired, ModelError, PoolFailed
 from pipeline.lanes import Lane
 from pipeline.model_info import ModelInfo
 from pipeline.steps import StepTimes
@@ -71,6 +72,7 @@ class ModelReplica:
         come_first()
         self.replica = serve.get_replica_context().replica_id.unique_id
         self._problem: ModelError | None = None
+        self._lost: DeviceLost | None = None
         self._address: Address | None = None
         self._told_s, self._told_busy_s = time.monotonic(), dict.fromkeys(Lane, 0.0)
         try:
@@ -108,6 +110,8 @@ class ModelReplica:
         """Serve replaces a replica for which this raises."""
         if self._problem:
             return
+        if self._lost:
+            raise self._lost
         if self._loop.done():
             raise PoolFailed(f"the dispatcher of replica {self.replica} ended")
         self._classifier.check()
@@ -135,28 +139,45 @@ class ModelReplica:
         }
 
     async def score_online(
-        self, images_NHWC: np.ndarray, top_k: int, within_s: float, details: bool = False
-    ) -> Answer | Busy | Expired:
-        """Scores uint8 images [N, H, W, 3] before any batch image that waits, within that time or not at all."""
-        try:
-            scores = await self._dispatcher.submit(Lane.ONLINE, images_NHWC, top_k, within_s=within_s, details=details)
-        except (Busy, Expired) as error:
-            return error  # an answer, not an accident: raised, Serve would log a stack trace for each
-        return Answer(scores, self.replica, self._running.info.scores_as)
+        self, images_NHWC: np.ndarray, top_k: int, within_s: Sequence[float], details: bool = False
+    ) -> Answer | Refusal:
+        """Scores uint8 images [N, H, W, 3] before any batch image that waits, each within its time or not at all."""
+        submitted = self._dispatcher.submit_each(Lane.ONLINE, images_NHWC, top_k, within_s, details=details)
+        return await self._answered(submitted)
 
-    async def score_batch(self, nested: dict[str, ray.ObjectRef[np.ndarray]], images: int, top_k: int) -> Answer | Busy:
+    async def score_batch(
+        self, nested: dict[str, ray.ObjectRef[np.ndarray]], images: int, top_k: int
+    ) -> Answer | Refusal:
         """Scores the uint8 images [N, H, W, 3] under `chunk` when online leaves room. `images` is N.
 
         The reference is nested so that the data is fetched here, where there is room for it, and not by the actor's
         main loop, which must stay free to answer Serve's probes.
         """
+        return await self._answered(self._fetched_and_scored(nested["chunk"], images, top_k))
+
+    async def _fetched_and_scored(self, chunk: ray.ObjectRef[np.ndarray], images: int, top_k: int) -> Scores:
+        with self._dispatcher.expect(Lane.BATCH, images):
+            images_NHWC = await chunk
+        return await self._dispatcher.submit(Lane.BATCH, images_NHWC, top_k)
+
+    async def _answered(self, submitted: Coroutine[Any, Any, Scores]) -> Answer | Refusal:
         try:
-            with self._dispatcher.expect(Lane.BATCH, images):
-                images_NHWC = await nested["chunk"]
-            scores = await self._dispatcher.submit(Lane.BATCH, images_NHWC, top_k)
-        except Busy as busy:
-            return busy
+            scores = await submitted
+        except (Busy, Expired) as refusal:
+            return refusal
+        except Exception as error:
+            if not is_device_lost(error):
+                raise
+            return self._lose(error)
         return Answer(scores, self.replica, self._running.info.scores_as)
+
+    def _lose(self, error: Exception) -> DeviceLost:
+        """Has Serve replace this replica, and its callers ask another one."""
+        if self._lost is None:
+            _log.error("replica %s lost its device: %s", self.replica, error)
+            self._lost = DeviceLost(f"replica {self.replica} lost its device: {error}")
+            self._closing = asyncio.create_task(self._channels.close())
+        return self._lost
 
     async def stats(self) -> dict[str, Any]:
         """This replica's id, the seconds that its model was busy, and for each lane the images scored and waiting."""

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
@@ -17,7 +17,7 @@ from jobs.screen import Screen, own_screen
 from jobs.spec import JobSpec, portable
 from pipeline import __version__
 from pipeline.errors import JobError, TandemError, UsageError
-from pipeline.inputs.sample import Columns
+from pipeline.inputs.sample import Columns, KeyUntil
 from pipeline.shards import FORMATS
 from pipeline.storage import absolute
 
@@ -103,6 +103,10 @@ def serve(
 @click.option("--image-column", metavar="NAME", help="The Parquet column of images, where several could be.")
 @click.option("--key-column", metavar="NAME", help="The Parquet column of keys, where it is not key or id.")
 @click.option(
+    "--key-until", default="first-dot", show_default=True, type=click.Choice(get_args(KeyUntil)),
+    help="The dot of a tar member's file name at which its key ends: last-dot for names such as 12.30.15.jpg.",
+)  # fmt: skip
+@click.option(
     "--max-error-share", metavar="SHARE", type=click.FloatRange(0, 1),
     help="Stop the job when more than this share of its images fails, such as 0.01; any share may fail otherwise.",
 )  # fmt: skip
@@ -112,7 +116,7 @@ def serve(
 @_address
 def submit(
     source: str, target: str, model: str, input_format: str, top_k: int, carry: tuple[str, ...],
-    image_column: str | None, key_column: str | None, max_error_share: float | None, wait: bool,
+    image_column: str | None, key_column: str | None, key_until: KeyUntil, max_error_share: float | None, wait: bool,
     config_file: str | None, as_json: bool, address: str | None,
 ) -> None:  # fmt: skip
     """Score all images under INPUT into Parquet under OUTPUT; both are s3:// or local.
@@ -125,7 +129,7 @@ def submit(
         model=portable(model),
         format=None if input_format == "auto" else input_format,  # type: ignore[arg-type]
         top_k=top_k,
-        columns=Columns(image=image_column, key=key_column, carry=carry),
+        columns=Columns(image=image_column, key=key_column, carry=carry, key_until=key_until),
     )
     config = load_config(config_file)
     with _screen(as_json) as screen:

@@ -34,7 +34,7 @@ from pipeline.errors import ImageError, JobError, OutputConflict, ShardError
 from pipeline.imports import uncollected
 from pipeline.inputs import Columns, open_reader
 from pipeline.isolation import IsolatedReader, decode_isolated
-from pipeline.output import scored, with_errors
+from pipeline.output import scored_or_failed, with_errors
 from pipeline.shards import Shard
 from pipeline.storage import Store
 from pipeline.transform import ImageTransform
@@ -307,7 +307,7 @@ class _Caller:
         pixels = np.frombuffer(_only(table[PIXELS])[0].as_buffer(), np.uint8)
         scores, replica, score_s = self._score(pixels.reshape(-1, height, width, 3))
         started = time.perf_counter()
-        rows = scored(from_ipc(row["rows"]), self._path.labels, scores.top_NK, scores.scores_NK)
+        rows = scored_or_failed(from_ipc(row["rows"]), self._path.labels, scores.top_NK, scores.scores_NK)
         counts = Counts.of_staged(rows)
         name = JobPaths.staged(row["shard"], row["chunk"], last=row["last"])
         self._path.fence.check()

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -19,6 +19,7 @@ from pipeline import __version__
 from pipeline.chunks import ChunkLimits
 from pipeline.errors import JobError, NotFound, OutputConflict, Refused, ShardError, UsageError
 from pipeline.inputs import Columns, open_reader
+from pipeline.inputs.tar_scan import check_suffixes
 from pipeline.model_info import ModelInfo
 from pipeline.shards import Found, Shard, find_shards
 from pipeline.storage import Store, open_store, split_object
@@ -79,6 +80,9 @@ def find_carried(spec: JobSpec, shards: Sequence[Shard], witness: str = "") -> p
     Raises `UsageError` where the first shards do not have what is asked for, or where they leave a choice open.
     """
     store, problems = Witnessed(input_store(spec), witness), []
+    if shards and shards[0].format == "tar" and (spec.columns.carry or spec.columns.image):
+        with suppress(ShardError, Refused):  # damaged ones have error rows
+            check_suffixes(store, shards[:SHARDS_TRIED], spec.columns)
     for shard in shards[:SHARDS_TRIED]:
         try:
             with closing(open_reader(store, shard, spec.columns)) as reader:

@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipeline.steps import StepTimes
 
 RECENT_STEPS = 1000
 _ENDED = "the replica is shutting down"
+_EXPIRED = "the request's deadline passed while it waited for the model"
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,22 @@ class Scores:
 
     Where asked for, the details: `logits_NC` float32 of every class, and `embeddings_ND` float32, which are what the
     model's last layer makes logits of, for a model that has such a layer.
+
+    Scores of an image whose logits are not finite are NaN. Where each image had a deadline of its own, `expired_N`
+    uint8 is 1 for those that were not scored by it; their rows are zeros.
     """
 
     top_NK: np.ndarray
     scores_NK: np.ndarray
     logits_NC: np.ndarray | None = None
     embeddings_ND: np.ndarray | None = None
+    expired_N: np.ndarray | None = None
+
+    @property
+    def finite_N(self) -> np.ndarray:  # noqa: N802 -- layout of an array
+        """bool: whether the image's scores are numbers."""
+        finite_N: np.ndarray = np.isfinite(self.scores_NK[:, 0])
+        return finite_N
 
     def part(self, start: int, stop: int, top_k: int, *, details: bool) -> Scores:
         """Those of images [start, stop)."""
@@ -45,6 +57,7 @@ class Scores:
             self.scores_NK[part, :top_k],
             None if logits_NC is None else logits_NC[part],
             None if embeddings_ND is None else embeddings_ND[part],
+            None if self.expired_N is None else self.expired_N[part],
         )
 
     @classmethod
@@ -55,7 +68,31 @@ class Scores:
             np.concatenate([part.scores_NK for part in parts]),
             _joined([part.logits_NC for part in parts]),
             _joined([part.embeddings_ND for part in parts]),
+            _joined([part.expired_N for part in parts]),
         )
+
+    @classmethod
+    def with_expired(cls, parts: Sequence[Scores | int]) -> Scores:
+        """Those of one image after another, where a number stands for so many that expired; one part has scores."""
+        like = next(part for part in parts if isinstance(part, Scores))
+        return cls.joined([_expired(part, like) if isinstance(part, int) else _in_time(part) for part in parts])
+
+
+def _expired(images: int, like: Scores) -> Scores:
+    def rows(array: np.ndarray) -> np.ndarray:
+        return np.zeros((images, *array.shape[1:]), array.dtype)
+
+    return Scores(
+        rows(like.top_NK),
+        rows(like.scores_NK),
+        None if like.logits_NC is None else rows(like.logits_NC),
+        None if like.embeddings_ND is None else rows(like.embeddings_ND),
+        np.ones(images, np.uint8),
+    )
+
+
+def _in_time(scores: Scores) -> Scores:
+    return replace(scores, expired_N=np.zeros(len(scores.top_NK), np.uint8))
 
 
 def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
@@ -128,6 +165,40 @@ class Dispatcher:
         Raises `Busy` at once where the lane is full, or has so much to do that `within_s` would not be enough;
         `Expired` where it was not enough after all; what the model raised, where a step that the request was in failed.
         """
+        request = self._offer(lane, images_NHWC, top_k, within_s, details)
+        try:
+            return await request.done
+        finally:
+            self._leave([request])
+
+    async def submit_each(
+        self, lane: Lane, images_NHWC: np.ndarray, top_k: int, within_s: Sequence[float], *, details: bool = False
+    ) -> Scores:
+        """Scores images that have a deadline each: those that expire keep nobody else's from being scored.
+
+        Raises as `submit` does, but `Expired` only where none of the images was scored in time.
+        """
+        requests, refused = dict[int, _Request](), Busy(_ENDED)
+        runs = list(_runs(within_s))
+        for start, stop in runs:
+            try:
+                requests[start] = self._offer(lane, images_NHWC[start:stop], top_k, within_s[start], details)
+            except Busy as busy:  # for these images there is no time, or no room, left
+                refused = busy
+        if not requests:
+            raise refused
+        try:
+            parts = [
+                await _scores_or_expired(requests[start]) if start in requests else stop - start for start, stop in runs
+            ]
+        finally:
+            self._leave(list(requests.values()))
+        if all(isinstance(part, int) for part in parts):
+            raise Expired(_EXPIRED)
+        return Scores.with_expired(parts)
+
+    def _offer(self, lane: Lane, images_NHWC: np.ndarray, top_k: int, within_s: float, details: bool) -> _Request:
+        """Queues a request. Raises `Busy`."""
         if self._ended:
             raise Busy(_ENDED)
         now_s = self._clock()
@@ -135,11 +206,17 @@ class Dispatcher:
         if not self._lanes.offer(lane, request, len(images_NHWC), now_s, now_s + within_s):
             raise self._busy(lane)
         self._changed.set()
-        try:
-            return await request.done
-        finally:
-            if not request.done.done() or request.done.cancelled():
+        return request
+
+    def _leave(self, requests: Sequence[_Request]) -> None:
+        """Takes requests out of the lanes whose caller has left."""
+        for request in requests:
+            if not request.done.done():
+                request.done.cancel()
+            if request.done.cancelled():
                 self._lanes.drop(request)
+            else:
+                request.done.exception()  # its caller has had another one
 
     async def run(self) -> None:
         """Forms steps and has them scored, until cancelled. It cannot run again: requests that wait then get `Busy`."""
@@ -233,7 +310,7 @@ class Dispatcher:
 
     def _fail_expired(self) -> None:
         while self._lanes.expired:
-            self._lanes.expired.pop().fail(Expired("the request's deadline passed while it waited for the model"))
+            self._lanes.expired.pop().fail(Expired(_EXPIRED))
 
     def _busy(self, lane: Lane) -> Busy:
         wait_s = self._lanes.wait_s(lane, self._clock())
@@ -264,3 +341,20 @@ class _Request:
 
 def _raise(error: Exception) -> Scores:
     raise error
+
+
+def _runs(values: Sequence[float]) -> Iterator[tuple[int, int]]:
+    """The bounds [start, stop) of the stretches in which a value repeats."""
+    start = 0
+    for _, same in groupby(values):
+        stop = start + len(list(same))
+        yield start, stop
+        start = stop
+
+
+async def _scores_or_expired(request: _Request) -> Scores | int:
+    """The request's scores, or, where it expired, how many images it has."""
+    try:
+        return await request.done
+    except Expired:
+        return len(request.images_NHWC)

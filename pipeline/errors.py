@@ -16,6 +16,7 @@
     |-- PoolError               the model actors
     |   |-- Busy                worth another try: the lane is full
     |   |-- Expired             a request that could not be scored by its deadline
+    |   |-- DeviceLost          worth another try: the replica's accelerator failed, and the replica is replaced
     |   +-- PoolFailed          the pool does not come up, or does not come back
     +-- JobError                a batch job that cannot start, go on or finish
         +-- OutputConflict      OUTPUT holds a job, or files, that this job must not touch
@@ -102,6 +103,10 @@ class Busy(PoolError):
 
 class Expired(PoolError):
     """The request's deadline passed before the model could get to it."""
+
+
+class DeviceLost(PoolError):
+    """The replica's accelerator failed for good; another replica, or the one that replaces it, can score."""
 
 
 class PoolFailed(PoolError):

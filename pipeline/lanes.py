@@ -76,6 +76,7 @@ class _Queue(Generic[Token]):
     requests: deque[_Request[Token]] = field(default_factory=deque)
     backlog: int = 0
     expected: int = 0
+    earliest_s: float = math.inf  # no request's deadline is before it
 
 
 class Lanes(Generic[Token]):
@@ -114,18 +115,21 @@ class Lanes(Generic[Token]):
         return max(0.0, self._busy_until_s - now_s) + waiting_ms / 1e3
 
     def offer(self, lane: Lane, token: Token, images: int, now_s: float, deadline_s: float = math.inf) -> bool:
-        """Queues a request of `images` > 0 images, unless there is no room, or no hope to score it by `deadline_s`.
+        """Queues a request of `images` > 0 images; False where there is no room, or not enough time until `deadline_s`.
+
+        Where nothing waits, the expected time refuses no request: only steps correct an estimate that is too long.
 
         Raises `ValueError` for a request without images.
         """
         if images < 1:
             raise ValueError(f"a request has {images} images; it must have at least 1")
-        ends_s = now_s + self.wait_s(lane, now_s) + self.times.ms(images) / 1e3
-        if ends_s > deadline_s or not self._room(lane, images):
-            return False
         queue = self._queues[lane]
+        ends_s = now_s + self.wait_s(lane, now_s) + self.times.ms(images) / 1e3
+        if (queue.backlog and ends_s > deadline_s) or not self._room(lane, images):
+            return False
         queue.requests.append(_Request(token, images, now_s, deadline_s))
         queue.backlog += images
+        queue.earliest_s = min(queue.earliest_s, deadline_s)
         if lane is Lane.ONLINE:
             self._last_online_s = now_s
         return True
@@ -201,12 +205,14 @@ class Lanes(Generic[Token]):
         return min(int(self._owed), self.backlog(Lane.BATCH))
 
     def _expire(self, starts_s: float) -> None:
-        """Drops the requests at the head whose step would start too late for them."""
+        """Drops the requests, wherever they wait, whose step would start too late for them."""
         for queue in self._queues.values():
-            while queue.requests and queue.requests[0].deadline_s < starts_s:
-                request = queue.requests.popleft()
-                queue.backlog -= request.images - request.taken
-                self.expired.append(request.token)
+            if queue.earliest_s < starts_s:
+                late = [request for request in queue.requests if request.deadline_s < starts_s]
+                queue.requests = deque(request for request in queue.requests if request.deadline_s >= starts_s)
+                queue.backlog -= sum(request.images - request.taken for request in late)
+                queue.earliest_s = min((request.deadline_s for request in queue.requests), default=math.inf)
+                self.expired.extend(request.token for request in late)
 
     def _take(self, lane: Lane, room: int) -> Iterator[Slice[Token]]:
         queue = self._queues[lane]

@@ -104,8 +104,11 @@ class Classifier:
     def forward(self, images_NHWC: torch.Tensor) -> Outputs:
         """All that a step of uint8 images [N, H, W, 3] on the model's device gives, still there."""
         logits_NC = self.logits(images_NHWC)
+        # all of an image's, so that one look suffices: an infinite logit would be a score of 1 by a sigmoid
+        finite_N1 = torch.isfinite(logits_NC).all(dim=-1, keepdim=True)
+        scores_NC = torch.where(finite_N1, self._to_scores(logits_NC), torch.nan)
         # topk promises no order among equal scores, and saturated ones are often equal
-        best = torch.sort(self._to_scores(logits_NC), dim=-1, descending=True, stable=True)
+        best = torch.sort(scores_NC, dim=-1, descending=True, stable=True)
         embeddings_ND = self._here.embeddings_ND.float() if self.info.embedding_size else None
         return Outputs(best.indices, best.values, logits_NC, embeddings_ND)
 
@@ -124,7 +127,8 @@ class Classifier:
         """Makes ready for steps of at most so many images, so that no request pays for allocation and kernel choice.
 
         On a GPU, with `graphs`, steps are CUDA graphs from here on. Gives the ms of steps of one image and of the
-        most. Raises `ModelError` where the model does not run, for want of memory or on images of its processor's size.
+        most. Raises `ModelError` where the model does not run, for want of memory or on images of its processor's size,
+        or gives what is no number.
         """
         height, width = self.info.transform.height, self.info.transform.width
         images, found = max_step, dict[int, float]()
@@ -132,20 +136,32 @@ class Classifier:
             if self.device.type == "cuda":
                 self._steps = DeviceSteps(self.forward, max_step, (height, width, 3), self.device, graphs=graphs)
             for images in (max_step, 1):
-                pixels_NHWC = np.zeros((images, height, width, 3), np.uint8)
-                self.launch([pixels_NHWC], 1, details=False)()
+                pixels_NHWC = _warm_images(images, height, width)
+                self._check_finite(self.launch([pixels_NHWC], 1, details=False)())
                 started = time.perf_counter()
                 self.launch([pixels_NHWC], 1, details=False)()
                 found[images] = (time.perf_counter() - started) * 1e3
+        except ModelError:
+            raise
         except Exception as error:  # of whatever kind: transformers promises none
             told = f"a step of {images} images of {width} x {height} pixels on {self.device}"
             raise ModelError(f"{self.info.model} fails on {told}: {_reason(error)}") from error
         return found
 
+    def _check_finite(self, scores: Scores) -> None:
+        if not scores.finite_N.all():
+            advice = "check its weights" if self.info.dtype == "float32" else "use dtype float32, or check its weights"
+            raise ModelError(f"{self.info.model} gives scores that are not finite in {self.info.dtype}: {advice}")
+
     def check(self) -> None:
         """Raises `RuntimeError` where the device is lost, as it is after an illegal access: nothing will run on it."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).query()
+
+
+def _warm_images(count: int, height: int, width: int) -> np.ndarray:
+    """uint8 [N, H, W, 3] of noise, in which numbers grow larger within a model than in a blank image."""
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
 def _device(name: str) -> torch.device:

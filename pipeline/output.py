@@ -52,6 +52,17 @@ def scored(rows: pa.Table, labels: Sequence[str], top_NK: np.ndarray, scores_NK:
     return rows
 
 
+NOT_FINITE = "the model's scores of this image are not finite (NaN or infinite logits)"
+
+
+def scored_or_failed(rows: pa.Table, labels: Sequence[str], top_NK: np.ndarray, scores_NK: np.ndarray) -> pa.Table:
+    """The same, where scores that are not finite make an error of stage `score`."""
+    finite_N = np.isfinite(scores_NK).all(axis=1)
+    if not finite_N.all():
+        rows = with_errors(rows, "score", [None if finite else NOT_FINITE for finite in finite_N])
+    return scored(rows, labels, top_NK[finite_N], scores_NK[finite_N])
+
+
 def with_errors(rows: pa.Table, stage: str, errors: Sequence[str | None]) -> pa.Table:
     """The rows with `errors` filled in: an entry for each row without an error so far, None where it still has none."""
     good = pc.is_null(rows[STAGE]).combine_chunks()

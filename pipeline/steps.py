@@ -63,6 +63,8 @@ class StepTimes:
             for other_ms, measured_ms in zip(self._ms, self._measured_ms, strict=True)
         ]
         self._ms[index] = max(LEAST_MS, known_ms)
+        # a smaller step takes no longer: else what is wrongly known of a size that nobody runs would stay so
+        self._ms[:index] = [min(smaller_ms, self._ms[index]) for smaller_ms in self._ms[:index]]
         self._find_fastest()
 
     def _index(self, images: int) -> int:

@@ -46,7 +46,7 @@ async def _keep_full(pool: Any, stop: asyncio.Event) -> int:
     """One call after another; the images that they had."""
     images = 0
     while not stop.is_set():
-        await pool.score_online.remote(np.zeros((CALL_IMAGES, 32, 32, 3), np.uint8), 1, 60.0)
+        await pool.score_online.remote(np.zeros((CALL_IMAGES, 32, 32, 3), np.uint8), 1, [60.0] * CALL_IMAGES)
         images += CALL_IMAGES
     return images
 

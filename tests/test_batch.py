@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectFetchTimedOutError, ObjectLostError, OwnerDiedError, RayTaskError
 
 from deployments.answer import Answer
 from deployments.batch import ATTEMPTS, FIRST_PAUSE_S, LONGEST_BUSY_S, LONGEST_PAUSE_S, score_chunk
 from pipeline.dispatcher import Scores
-from pipeline.errors import Busy, PoolFailed
+from pipeline.errors import Busy, DeviceLost, PoolFailed
 
 IMAGES_NHWC = np.zeros((2, 4, 4, 3), np.uint8)
 ANSWER = Answer(Scores(np.zeros((2, 1), np.int32), np.zeros((2, 1), np.float32)), "replica", "revision")
@@ -24,6 +24,7 @@ class Pool:
     def __init__(self, *ends: Any) -> None:
         self._ends = iter(ends)
         self.asked: list[tuple[Any, int, int]] = []
+        self.cancelled = 0
         self.score_batch = self
 
     def remote(self, nested: dict[str, Any], images: int, top_k: int) -> Pool:
@@ -32,9 +33,12 @@ class Pool:
 
     def result(self, timeout_s: float) -> Any:
         end = next(self._ends)
-        if isinstance(end, Exception) and not isinstance(end, Busy):
+        if isinstance(end, Exception) and not isinstance(end, Busy | DeviceLost):
             raise end
         return end
+
+    def cancel(self) -> None:
+        self.cancelled += 1
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +83,7 @@ def test_replicas_that_die_are_called_again_and_not_for_ever(pauses: list[float]
     assert pauses[-1] <= LONGEST_PAUSE_S
 
     pool = Pool(*[ActorDiedError()] * ATTEMPTS)
-    with pytest.raises(PoolFailed, match=f"the pool did not answer {ATTEMPTS} times"):
+    with pytest.raises(PoolFailed, match=f"the pool did not score a chunk in {ATTEMPTS} attempts"):
         score_chunk(pool, IMAGES_NHWC, 1)
 
 
@@ -88,3 +92,34 @@ def test_a_step_that_fails_is_not_tried_again() -> None:
     with pytest.raises(PoolFailed, match="the model failed on a chunk of 2 images: bad step"):
         score_chunk(pool, IMAGES_NHWC, 1)
     assert len(pool.asked) == 1
+
+
+def test_a_call_that_timed_out_is_cancelled_before_the_chunk_is_sent_again() -> None:
+    pool: Any = Pool(TimeoutError(), TimeoutError(), ANSWER)
+    assert score_chunk(pool, IMAGES_NHWC, 1) is ANSWER
+    assert pool.cancelled == 2
+
+
+@pytest.mark.parametrize("kind", [ObjectLostError, ObjectFetchTimedOutError, OwnerDiedError])
+def test_a_chunk_that_a_replica_cannot_fetch_is_put_and_sent_again(
+    kind: type[ObjectLostError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = iter(["first", "second", "third"])
+    monkeypatch.setattr(ray, "put", lambda images: next(put))
+    lost = RayTaskError("score_batch", "traceback", kind("00" * 28, None, "")).as_instanceof_cause()
+    pool: Any = Pool(lost, ANSWER)
+
+    assert score_chunk(pool, IMAGES_NHWC, 1) is ANSWER
+    assert [chunk for chunk, _, _ in pool.asked] == ["first", "second"]
+
+
+def test_a_chunk_that_can_never_be_fetched_is_not_called_a_failure_of_the_model() -> None:
+    lost = RayTaskError("score_batch", "traceback", ObjectLostError("00" * 28, None, ""))
+    pool: Any = Pool(*[lost] * ATTEMPTS)
+    with pytest.raises(PoolFailed, match=f"did not score a chunk in {ATTEMPTS} attempts: Failed to retrieve object"):
+        score_chunk(pool, IMAGES_NHWC, 1)
+
+
+def test_a_replica_that_lost_its_device_is_no_end_of_the_job() -> None:
+    pool: Any = Pool(DeviceLost("CUDA error: an illegal memory access was encountered"), ANSWER)
+    assert score_chunk(pool, IMAGES_NHWC, 1) is ANSWER

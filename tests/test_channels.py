@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
@@ -41,7 +41,7 @@ class Replica:
             self.free.set()
         self.server = ChannelServer(self.score)
 
-    async def score(self, images_NHWC: np.ndarray, top_k: int, within_s: float, details: bool) -> Any:
+    async def score(self, images_NHWC: np.ndarray, top_k: int, within_s: Sequence[float], details: bool) -> Any:
         self.asked.append((images_NHWC, top_k, within_s, details))
         try:
             await self.free.wait()
@@ -97,10 +97,10 @@ def test_images_and_scores_arrive_as_they_are(details: bool) -> None:
     async def test() -> None:
         replica = Replica()
         async with channel_to(replica) as channel:
-            answer = await channel.call(IMAGES_NHWC, 5, 1.25, details)
+            answer = await channel.call(IMAGES_NHWC, 5, [1.25, 2.5], details)
 
         ((images_NHWC, *told),) = replica.asked
-        assert told == [5, 1.25, details]
+        assert told == [5, [1.25, 2.5], details]
         np.testing.assert_array_equal(images_NHWC, IMAGES_NHWC)
         assert images_NHWC.dtype == np.uint8
         assert (answer.replica, answer.scores_as) == ("a", "float32")
@@ -119,7 +119,7 @@ def test_an_array_with_gaps_is_sent_without_them() -> None:
     async def test() -> None:
         replica = Replica()
         async with channel_to(replica) as channel:
-            await channel.call(IMAGES_NHWC[:, ::2, ::2], 1, 1.0, False)
+            await channel.call(IMAGES_NHWC[:, ::2, ::2], 1, [1.0], False)
         np.testing.assert_array_equal(replica.asked[0][0], IMAGES_NHWC[:, ::2, ::2])
 
     run(test())
@@ -130,7 +130,7 @@ def test_calls_at_once_get_each_its_own_answer_in_whatever_order() -> None:
         replica = Replica(free=False)
         async with channel_to(replica) as channel:
             many = [np.full((1, 1, 1, 3), number, np.uint8) for number in range(200)]
-            calls = [asyncio.create_task(channel.call(one, 1, 9.0, False)) for one in many]
+            calls = [asyncio.create_task(channel.call(one, 1, [9.0], False)) for one in many]
             await until(lambda: len(replica.asked) == 200)
             assert channel.under_way == 200
             replica.free.set()
@@ -146,7 +146,7 @@ def test_a_large_call_arrives_whole() -> None:
         images_NHWC = np.random.default_rng(1).integers(0, 256, (16, 640, 640, 3), np.uint8)  # 19 MB
         replica = Replica()
         async with channel_to(replica) as channel:
-            await asyncio.gather(*(channel.call(images_NHWC, 1, 9.0, False) for _ in range(3)))
+            await asyncio.gather(*(channel.call(images_NHWC, 1, [9.0], False) for _ in range(3)))
         for asked, *_ in replica.asked:
             np.testing.assert_array_equal(asked, images_NHWC)
 
@@ -157,11 +157,11 @@ def test_a_full_lane_and_a_deadline_are_answers() -> None:
     async def test() -> None:
         async with channel_to(Replica(answer=Busy("the lane is full", 7.5))) as channel:
             with pytest.raises(Busy, match="the lane is full") as busy:
-                await channel.call(IMAGES_NHWC, 1, 1.0, False)
+                await channel.call(IMAGES_NHWC, 1, [1.0], False)
             assert busy.value.retry_after_s == 7.5
         async with channel_to(Replica(answer=Expired("too late"))) as channel:
             with pytest.raises(Expired, match="too late"):
-                await channel.call(IMAGES_NHWC, 1, 1.0, False)
+                await channel.call(IMAGES_NHWC, 1, [1.0], False)
 
     run(test())
 
@@ -171,10 +171,10 @@ def test_a_step_that_fails_is_one_call_s_and_tells_strangers_nothing_of_the_repl
         replica = Replica(answer=RuntimeError("CUDA error at 0xdeadbeef"))
         async with channel_to(replica) as channel:
             with pytest.raises(PoolFailed, match="its replica says why") as failed:
-                await channel.call(IMAGES_NHWC, 1, 1.0, False)
+                await channel.call(IMAGES_NHWC, 1, [1.0], False)
             assert "CUDA" not in str(failed.value)
             replica.answer = None
-            await channel.call(IMAGES_NHWC, 1, 1.0, False)
+            await channel.call(IMAGES_NHWC, 1, [1.0], False)
 
     run(test())
 
@@ -183,7 +183,7 @@ def test_a_caller_that_leaves_takes_its_call_along_and_no_other() -> None:
     async def test() -> None:
         replica = Replica(free=False)
         async with channel_to(replica) as channel:
-            first, second = (asyncio.create_task(channel.call(IMAGES_NHWC, 1, 9.0, False)) for _ in range(2))
+            first, second = (asyncio.create_task(channel.call(IMAGES_NHWC, 1, [9.0], False)) for _ in range(2))
             await until(lambda: len(replica.asked) == 2)
             first.cancel()
             await until(lambda: replica.left == 1)
@@ -199,7 +199,7 @@ def test_calls_of_a_client_that_is_gone_are_scored_no_more() -> None:
     async def test() -> None:
         replica = Replica(free=False)
         async with channel_to(replica) as channel:
-            call = asyncio.create_task(channel.call(IMAGES_NHWC, 1, 9.0, False))
+            call = asyncio.create_task(channel.call(IMAGES_NHWC, 1, [9.0], False))
             await until(lambda: len(replica.asked) == 1)
         with pytest.raises(ChannelLost):
             await call
@@ -213,13 +213,13 @@ def test_a_replica_that_goes_answers_what_it_was_asked_and_takes_no_more() -> No
         replica = Replica(free=False)
         address = await replica.open()
         channel, idle = await Channel.open(address), await Channel.open(address)
-        call = asyncio.create_task(channel.call(IMAGES_NHWC, 1, 9.0, False))
+        call = asyncio.create_task(channel.call(IMAGES_NHWC, 1, [9.0], False))
         await until(lambda: len(replica.asked) == 1)
 
         closing = asyncio.create_task(replica.server.close())
         await until(lambda: not channel.usable)
         with pytest.raises(ChannelLost, match="replica a goes"):
-            await channel.call(IMAGES_NHWC, 1, 9.0, False)
+            await channel.call(IMAGES_NHWC, 1, [9.0], False)
         with pytest.raises(ChannelLost, match="cannot connect"):
             await Channel.open(address)
         assert not closing.done()
@@ -236,11 +236,11 @@ def test_a_call_sent_as_the_replica_says_that_it_goes_is_answered() -> None:
     async def test() -> None:
         replica = Replica()
         channel = await Channel.open(await replica.open())
-        await channel.call(IMAGES_NHWC, 1, 9.0, False)
+        await channel.call(IMAGES_NHWC, 1, [9.0], False)
         closing = asyncio.create_task(replica.server.close())
         await asyncio.sleep(0)  # it has said so, and the client has not read it
         assert channel.usable
-        await channel.call(IMAGES_NHWC, 1, 9.0, False)
+        await channel.call(IMAGES_NHWC, 1, [9.0], False)
         await closing
 
     run(test())
@@ -250,7 +250,7 @@ def test_callers_are_told_where_the_connection_breaks() -> None:
     async def test() -> None:
         replica = Replica(free=False)
         channel = await Channel.open(await replica.open())
-        calls = [asyncio.create_task(channel.call(IMAGES_NHWC, 1, 9.0, False)) for _ in range(2)]
+        calls = [asyncio.create_task(channel.call(IMAGES_NHWC, 1, [9.0], False)) for _ in range(2)]
         await until(lambda: len(replica.asked) == 2)
         for writer in list(replica.server._clients):
             writer.transport.abort()
@@ -258,7 +258,7 @@ def test_callers_are_told_where_the_connection_breaks() -> None:
             with pytest.raises(ChannelLost, match="replica a"):
                 await call
         with pytest.raises(ChannelLost):
-            await channel.call(IMAGES_NHWC, 1, 9.0, False)
+            await channel.call(IMAGES_NHWC, 1, [9.0], False)
 
     run(test())
 
@@ -289,7 +289,7 @@ def test_a_replica_listens_where_ray_has_its_node_if_it_may(
 async def answered(address: Address, greeting: bytes) -> bytes:
     """What a stranger gets who sends that greeting and a call."""
     reader, writer = await asyncio.open_connection(address.host, address.port)
-    told = b'[{"call": {"top_k": 1, "within_s": 9, "details": false}}, {"images": ["|u1", [1, 1, 1, 3]]}]'
+    told = b'[{"call": {"top_k": 1, "within_s": [9], "details": false}}, {"images": ["|u1", [1, 1, 1, 3]]}]'
     writer.write(greeting + struct.pack("!QII", 1, len(told), 3) + told + b"abc")
     try:
         return await reader.read()
@@ -322,7 +322,7 @@ def test_strangers_that_say_nothing_are_few() -> None:
         for _, writer in strangers:
             await writer.wait_closed()
         channel = await Channel.open(address)
-        await channel.call(IMAGES_NHWC, 1, 9.0, False)
+        await channel.call(IMAGES_NHWC, 1, [9.0], False)
         await channel.close()
 
     run(test())
@@ -360,7 +360,7 @@ def test_what_is_no_frame_ends_its_channel_alone(sent: bytes) -> None:
         writer.write(GREETING + address.token + sent)
         assert await reader.read() == b""
         writer.close()
-        await channel.call(IMAGES_NHWC, 1, 9.0, False)
+        await channel.call(IMAGES_NHWC, 1, [9.0], False)
         await channel.close()
 
     run(test())
@@ -379,7 +379,7 @@ def test_no_bytes_stop_a_replica(sent: bytes) -> None:
         writer.close()
         async with asyncio.timeout(5):
             channel = await Channel.open(address)
-            await channel.call(IMAGES_NHWC, 1, 9.0, False)
+            await channel.call(IMAGES_NHWC, 1, [9.0], False)
             await channel.close()
 
     run(test())
@@ -400,7 +400,7 @@ def test_an_answer_that_is_none_ends_the_channel() -> None:
         server = await asyncio.start_server(answer, HOST, 0)
         channel = await Channel.open(Address("a", HOST, server.sockets[0].getsockname()[1], bytes(TOKEN_BYTES)))
         with pytest.raises(ChannelLost, match="no answer"):
-            await channel.call(IMAGES_NHWC, 1, 9.0, False)
+            await channel.call(IMAGES_NHWC, 1, [9.0], False)
         assert not channel.usable
         await ended.wait()
         server.close()
@@ -430,11 +430,11 @@ class Pool:
 
 async def lost(channels: Channels) -> None:
     with pytest.raises(ChannelLost):
-        await channels.call(IMAGES_NHWC, 1, 9.0, False)
+        await channels.call(IMAGES_NHWC, 1, [9.0], False)
 
 
 async def called(channels: Channels) -> str:
-    return (await channels.call(IMAGES_NHWC, 1, 9.0, False)).replica
+    return (await channels.call(IMAGES_NHWC, 1, [9.0], False)).replica
 
 
 async def found(pool: Pool, channels: Channels) -> None:

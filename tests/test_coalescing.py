@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 
 from deployments.coalescing import Coalescer
 from pipeline.dispatcher import Scores
-from pipeline.errors import Busy
+from pipeline.errors import Busy, Expired
 
 REQUEST: ContextVar[str] = ContextVar("REQUEST", default="none")
 
@@ -27,18 +27,18 @@ class Answer:
 class Pool:
     """Answers with each image's first pixel, once it is let; `calls` are the pixels of each call."""
 
-    def __init__(self, *, error: Exception | None = None) -> None:
+    def __init__(self, *, error: Exception | None = None, expired: Sequence[bool] | None = None) -> None:
         self.calls: list[list[int]] = []
-        self.asked: list[tuple[int, bool, float]] = []
+        self.asked: list[tuple[int, bool, list[float]]] = []
         self.requests: list[str] = []
         self.cancelled = 0
         self.free = asyncio.Semaphore(0)
-        self._error = error
+        self._error, self._expired = error, expired
 
-    async def call(self, images_NHWC: np.ndarray, top_k: int, details: bool, ends_s: float) -> Answer:
+    async def call(self, images_NHWC: np.ndarray, top_k: int, details: bool, ends_s: Sequence[float]) -> Answer:
         pixels_N = images_NHWC[:, 0, 0, 0].astype(np.int32)
         self.calls.append(pixels_N.tolist())
-        self.asked.append((top_k, details, ends_s))
+        self.asked.append((top_k, details, list(ends_s)))
         self.requests.append(REQUEST.get())
         try:
             await self.free.acquire()
@@ -49,7 +49,9 @@ class Pool:
             raise self._error
         top_NK = np.repeat(pixels_N[:, None], top_k, axis=1)
         logits_NC = top_NK.astype(np.float32) if details else None
-        return Answer(Scores(top_NK, top_NK.astype(np.float32), logits_NC, None), f"replica-{len(self.calls)}")
+        expired_N = None if self._expired is None else np.array(self._expired, np.uint8)
+        scores = Scores(top_NK, top_NK.astype(np.float32), logits_NC, None, expired_N)
+        return Answer(scores, f"replica-{len(self.calls)}")
 
     def let(self, calls: int = 1000) -> None:
         for _ in range(calls):
@@ -124,7 +126,7 @@ def test_each_gets_what_it_wanted_of_a_call_that_has_the_most_of_all() -> None:
         coalescer = Coalescer(pool.call, max_images=16, max_calls=1)
         plain, more = _ask(coalescer, 1, 1, False, 3.0), _ask(coalescer, 2, 5, True, 2.0)
         await _turns()
-        assert pool.asked == [(5, True, 3.0)]
+        assert pool.asked == [(5, True, [3.0, 2.0])]
         pool.let()
         (plain_scores, _), (more_scores, _) = await plain, await more
         assert (plain_scores.top_NK.shape, plain_scores.logits_NC) == ((1, 1), None)
@@ -179,5 +181,19 @@ def test_a_call_does_not_belong_to_the_request_that_began_it() -> None:
         REQUEST.set("one request")
         await Coalescer(pool.call, max_images=2, max_calls=1).score(_image(1), 1, False, 9.0)
         assert pool.requests == ["none"]
+
+    _run(test())
+
+
+def test_an_image_whose_deadline_passed_fails_alone() -> None:
+    async def test() -> None:
+        pool = Pool(expired=[False, True, False])
+        coalescer = Coalescer(pool.call, max_images=16, max_calls=1)
+        first, late, last = (_ask(coalescer, pixel, ends_s=9.0 - pixel) for pixel in range(3))
+        await _turns()
+        pool.let()
+        assert [(await task)[0].top_NK.item() for task in (first, last)] == [0, 2]
+        with pytest.raises(Expired):
+            await late
 
     _run(test())

@@ -464,3 +464,55 @@ def test_the_models_thread_ends_with_the_loop() -> None:
 
 def _threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("tandem-model")]
+
+
+def test_images_of_one_call_expire_each_by_its_own_deadline() -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        async with _blocked(model, step_ms=FAST_MS, max_step=2) as dispatcher:
+            ahead = asyncio.create_task(dispatcher.submit(Lane.ONLINE, _images(1, 2), 1))
+            await _until(lambda: len(model.launched) == 2)
+            call = dispatcher.submit_each(Lane.ONLINE, _images(3, 4, 5), 1, [9.0, 0.05, 9.0], details=True)
+            task = asyncio.create_task(call)
+            await asyncio.sleep(0.1)
+            model.let()
+            scores = await task
+            _check(await ahead, 1, 2)
+        assert scores.expired_N is not None
+        assert scores.expired_N.tolist() == [0, 1, 0]
+        _check(scores.part(0, 1, 1, details=False), 3)
+        _check(scores.part(2, 3, 1, details=False), 5)
+        assert scores.logits_NC is not None
+        assert scores.logits_NC[:, 0].tolist() == [36.0, 0.0, 60.0]
+        assert [image for step in model.steps for image in step] == [0, 1, 2, 3, 5]
+
+    _run(test())
+
+
+def test_a_call_whose_images_have_all_expired_says_so() -> None:
+    async def test() -> None:
+        model = Checksums(blocks=True)
+        async with _blocked(model, step_ms=FAST_MS, max_step=1) as dispatcher:
+            ahead = asyncio.create_task(dispatcher.submit(Lane.ONLINE, _images(1), 1))
+            await _until(lambda: len(model.launched) == 2)
+            task = asyncio.create_task(dispatcher.submit_each(Lane.ONLINE, _images(2, 3), 1, [0.04, 0.05]))
+            await asyncio.sleep(0.1)
+            model.let()
+            with pytest.raises(Expired):
+                await task
+            _check(await ahead, 1)
+
+    _run(test())
+
+
+def test_a_call_of_images_that_is_cancelled_leaves_the_lane() -> None:
+    async def test() -> None:
+        async with _blocked(model := Checksums(blocks=True), max_step=1) as dispatcher:
+            task = asyncio.create_task(dispatcher.submit_each(Lane.ONLINE, _images(1, 2, 3), 1, [7e9, 8e9, 9e9]))
+            await _until(lambda: dispatcher.backlog(Lane.ONLINE) == 3 or len(model.launched) == 2)
+            task.cancel()
+            await asyncio.wait([task])
+            await _until(lambda: dispatcher.backlog(Lane.ONLINE) == 0)
+            model.let()
+
+    _run(test())

@@ -349,3 +349,48 @@ def test_a_saturating_job_adds_little_to_online_and_gets_what_online_leaves(load
 
 def _images(step: list[Slice[str]]) -> int:
     return sum(map(len, step))
+
+
+def test_an_estimate_that_is_too_long_refuses_nobody_while_the_lane_is_empty() -> None:
+    lanes = Lanes[str](LaneLimits(max_step=32), StepTimes(32, {1: 1500.0, 32: 6000.0}))
+    assert lanes.offer(Lane.ONLINE, "first", 1, 0.0, deadline_s=1.0)
+    assert not lanes.offer(Lane.ONLINE, "behind it", 1, 0.0, deadline_s=1.0)
+    lanes.next_step(0.0)
+    lanes.ended(0.1, 1, 100.0)
+    assert lanes.offer(Lane.ONLINE, "next", 1, 0.1, deadline_s=1.1)
+
+
+@pytest.mark.parametrize("batch", [0, 256])
+def test_a_slow_spell_or_a_wrong_measurement_locks_nobody_out_for_long(batch: int) -> None:
+    """Beside a job the device is never idle, and steps of one image are never run."""
+    known = {1: 5000.0, 128: h200(128)}
+    simulation = Simulation(LaneLimits(max_step=128), batch=batch, measured=lambda images: known[images])
+    requests = poisson(0.5, 5000.0, seed=1)
+    for request in requests:
+        request.deadline_ms = request.arrived_ms + 1000.0
+
+    simulation.run(requests, 5000.0)
+
+    late = [request for request in simulation.refused + simulation.expired if request.arrived_ms > 500.0]
+    assert not late
+    assert all(len(request.taken) == request.images for request in requests if request.arrived_ms > 500.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_deadlines_hold_wherever_a_request_waits(seed: int) -> None:
+    """Overload by requests of mixed patience, on a device that is slower than it was measured."""
+    limits = LaneLimits(max_step=8, max_online_backlog=10_000)
+    simulation = Simulation(limits, lambda images: 10.0 * images, measured=lambda images: 0.1 * images)
+    requests = poisson(0.3, 2000.0, seed=seed, sizes=(1, 2, 5))
+    for number, request in enumerate(requests):
+        request.deadline_ms = request.arrived_ms + (50.0, 500.0, 5000.0, math.inf)[number % 4]
+
+    simulation.run(requests, 2000.0)
+
+    expired, refused = set(simulation.expired), set(simulation.refused)
+    assert expired
+    assert not expired & refused
+    for request in requests:
+        assert (len(request.taken) == request.images) == (request not in expired | refused)
+        if len(request.taken) == request.images:
+            assert request.formed_ms <= request.deadline_ms

@@ -489,3 +489,38 @@ def test_a_hub_that_hangs_is_given_up(hub_cache: Path) -> None:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         for name, kind in (("org/other", "HubUnreachable"), ("org/name", "found")):
             assert _find(name, HF_HOME=str(hub_cache), HF_ENDPOINT=endpoint)[0][0] == kind
+
+
+def _overflowing(folder: Path) -> None:
+    """Activations that float32 holds, and float16 does not."""
+
+    def change(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        (found,) = [key for key in weights if ".0." in key and ("fc1.weight" in key or "intermediate.dense.w" in key)]
+        return weights | {found: weights[found] * 3e5}
+
+    _rewrite_weights(folder, change)
+
+
+def test_a_model_whose_scores_are_no_numbers_is_refused_when_warmed(broken: Path) -> None:
+    _overflowing(broken)
+    _classifier(broken).warm(2)
+    with pytest.raises(ModelError, match="not finite in float16: use dtype float32"):
+        _classifier(broken, "float16").warm(2)
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
+def test_scores_of_an_image_with_an_infinite_logit_are_no_numbers(
+    broken: Path, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _edit(broken / "config.json", problem_type=problem)
+    classifier = _classifier(broken)
+    height, width = classifier.info.transform.height, classifier.info.transform.width
+    logits_NC = torch.zeros(2, len(classifier.info.labels))
+    logits_NC[1, 3] = torch.inf
+    monkeypatch.setattr(classifier, "logits", lambda images_NHWC: logits_NC)
+    classifier._here.embeddings_ND = torch.zeros(2, classifier.info.embedding_size or 1)
+
+    scores = classifier.score(np.zeros((2, height, width, 3), np.uint8), 2)
+
+    assert scores.finite_N.tolist() == [True, False]
+    assert np.isnan(scores.scores_NK[1]).all()

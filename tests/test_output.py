@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import output
-from pipeline.chunks import Chunk, ChunkLimits, chunks, failed_shard, from_ipc, rows_schema, to_ipc
+from pipeline.chunks import ERROR, STAGE, Chunk, ChunkLimits, chunks, failed_shard, from_ipc, rows_schema, to_ipc
 from pipeline.errors import ShardError
 from pipeline.inputs import Sample
-from pipeline.output import SCORE_FIELDS, scored, shard_files, with_errors
+from pipeline.output import SCORE_FIELDS, scored, scored_or_failed, shard_files, with_errors
 from tests.test_chunks import CARRIED, ListReader, samples
 
 LABELS = ("cat", "dog", "ünïcorn")
@@ -256,3 +256,16 @@ def test_duckdb_reads_the_folder(written: Path) -> None:
 def test_daft_reads_the_folder(written: Path) -> None:
     table = daft.read_parquet(f"{written}/*.parquet").sort(["shard", "row"]).select(*COLUMNS).to_pydict()
     assert list(zip(*(table[name] for name in COLUMNS), strict=True)) == EXPECTED
+
+
+def test_scores_that_are_no_numbers_make_error_rows() -> None:
+    rows = chunk_of([True, False, True, True]).rows
+    top_NK, scores_NK = scores_of(3)
+    scores_NK[1] = np.nan
+
+    found = scored_or_failed(rows, LABELS, top_NK, scores_NK)
+
+    assert found[STAGE].to_pylist() == [None, "read", "score", None]
+    assert "not finite" in found[ERROR][2].as_py()
+    assert [score is None for score in found["score"].to_pylist()] == [False, True, True, False]
+    assert found["scores"].to_pylist()[3] == scores_NK[2].tolist()

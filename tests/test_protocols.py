@@ -6,8 +6,9 @@ import asyncio
 import base64
 import gzip
 import json
+import math
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from io import BytesIO
 from typing import Any
@@ -25,7 +26,10 @@ from tritonclient.utils import InferenceServerException
 
 from deployments.config import EndpointConfig
 from deployments.web.app import build_app
+from deployments.web.scoring import Image as Image_
+from deployments.web.scoring import Scored, Wanted
 from jobs.corpus import digits, encode
+from pipeline.errors import ImageError
 from tests.command import MODEL
 from tests.local_scorer import LocalScorer
 from tests.servers import served
@@ -393,3 +397,38 @@ class TestContainers:
         _same(_json(f"{url}/invocations", task), reference(FILES[0], 1, "none"))
         told = _json(f"{url}/invocations", {"instances": [{"b64": _text(FILES[1])}]})
         _same(told["predictions"][0], reference(FILES[1]))
+
+
+class Broken(LocalScorer):
+    """Gives scores that are no numbers."""
+
+    async def score(self, images: Sequence[Image_], wanted: Wanted, within_s: float) -> list[Scored | ImageError]:
+        return [Scored([0, 1], ["a", "b"], [math.nan, math.nan], None, "replica") for _ in images]
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "media"),
+    [
+        ("/predict", FILES[0], "image/png"),
+        ("/predict", {"images": [_text(FILES[0])] * 2}, "application/json"),
+        ("/", FILES[0], "image/png"),
+        ("/", {"inputs": _text(FILES[0])}, "application/json"),
+        (f"/v1/models/{NAME}:predict", {"instances": [{"b64": _text(FILES[0])}]}, "application/json"),
+        (f"/v1/models/{NAME}:classify", {"examples": [{"b64": _text(FILES[0])}]}, "application/json"),
+        (
+            f"/v2/models/{NAME}/infer",
+            {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [_text(FILES[0])]}]},
+            "application/json",
+        ),
+        ("/invocations", FILES[0], "image/png"),
+        ("/v1/endpoints/e:predict", {"instances": [{"b64": _text(FILES[0])}]}, "application/json"),
+    ],
+)
+def test_scores_that_are_no_numbers_are_a_failure_in_each_protocols_shape(path: str, content: Any, media: str) -> None:
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    with served(build_app(Broken(), CONFIG)) as url:
+        response = httpx.post(f"{url}{path}", content=body, headers={"content-type": media})
+
+    assert response.status_code == 500
+    answer = response.json()
+    assert "not finite" in answer["detail" if path == "/predict" else "error"]

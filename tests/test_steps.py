@@ -110,3 +110,9 @@ def test_whatever_is_observed_times_stay_finite_and_sizes_usable(seen: list[tupl
     assert all(0 <= times.ms(size) < 1e12 for size in times.sizes)
     assert times.fastest in times.sizes
     assert times.largest_within(8.0) in times.sizes
+
+
+def test_a_smaller_step_is_never_expected_to_take_longer() -> None:
+    times = StepTimes(32, {1: 1500.0, 32: 320.0})
+    times.observe(8, 80.0)
+    assert times.ms(1) <= times.ms(8)

@@ -58,8 +58,10 @@ class Reading:
         shard = Shard(number=0, name=name, format="tar", output="a.parquet", size=len(data), etag="")
         self.samples: list[Sample] = []
         self.error: str | None = None
+        reader = open_reader(LocalStore(folder), shard, columns or Columns())
+        self.skipped = reader.skipped
         try:
-            self.samples.extend(open_reader(LocalStore(folder), shard, columns or Columns()))
+            self.samples.extend(reader)
         except ShardError as error:
             self.error = str(error)
             assert name in self.error
@@ -119,11 +121,13 @@ def test_names_do_not_depend_on_the_machines_locale(tmp_path: Path, monkeypatch:
 
 def test_only_files_are_images(tmp_path: Path) -> None:
     others = []
-    for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE):
+    for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE):
         info = tarfile.TarInfo(f"x{kind.decode()}.jpg")
         info.type, info.linkname = kind, "0000.jpg"
         others.append((info, b""))
-    assert Reading(tmp_path, tar_of([*others, *TEN, *others])).images == keyed(TEN)
+    reading = Reading(tmp_path, tar_of([*others, *TEN, *others]))
+    assert reading.images == keyed(TEN)
+    assert reading.skipped == {"folder": 2, "symlink": 2, "not a file": 6}
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -141,7 +145,7 @@ def test_files_whose_names_begin_with_a_dot_are_no_samples(tmp_path: Path) -> No
 def test_a_key_that_stands_twice_is_an_error_row(tmp_path: Path) -> None:
     reading = Reading(tmp_path, tar_of([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.png", b"3"), ("c.jpg", b"4")]))
     assert reading.images == [("a", b"1"), ("b", b"2"), ("a@2", None), ("c", b"4")]
-    assert [sample.error for sample in reading.samples] == [None, None, "the key 'a' stands twice in this shard", None]
+    assert [sample.error is None for sample in reading.samples] == [True, True, False, True]
 
 
 def test_one_of_several_images_of_a_key_is_chosen_by_suffix(tmp_path: Path) -> None:
@@ -187,10 +191,14 @@ def test_sidecars_of_a_damaged_archive_are_carried_as_far_as_they_go(tmp_path: P
     assert reading.error is not None
 
 
-def test_a_sidecar_beyond_the_limit_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_whose_sidecar_is_beyond_the_limit_is_an_error_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tar, "MAX_SIDECAR_BYTES", 3)
     data = tar_of([("a.cls", b"123"), ("a.jpg", b"1"), ("b.cls", b"1234"), ("b.jpg", b"2")])
-    assert Reading(tmp_path, data, columns=Columns(carry=("cls",))).carried() == [{"cls": "123"}, {"cls": None}]
+    reading = Reading(tmp_path, data, columns=Columns(carry=("cls",)))
+    assert reading.carried() == [{"cls": "123"}, {"cls": None}]
+    assert [sample.error for sample in reading.samples] == [None, "its sidecar b.cls has 4 bytes; the limit is 3"]
 
 
 def test_an_image_beyond_the_limit_is_an_error_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -517,9 +525,10 @@ def test_what_is_no_archive_is_an_error(tmp_path: Path, data: bytes) -> None:
     assert reading.error is not None
 
 
-def test_an_archive_without_images_names_what_it_holds(tmp_path: Path) -> None:
-    reading = Reading(tmp_path, tar_of([("a.txt", b""), ("b.json", b"{}")]))
-    assert reading.error == "a.tar holds no images among 2 files (such as 'a.txt')"
+def test_an_archive_without_images_counts_what_it_holds(tmp_path: Path) -> None:
+    reading = Reading(tmp_path, tar_of([("a.txt", b""), ("b.json", b"{}"), ("c", b"")]))
+    assert (reading.images, reading.error) == ([], None)
+    assert reading.skipped == {".txt": 1, ".json": 1, "no suffix": 1}
 
 
 # Mutations

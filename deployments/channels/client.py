@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from deployments.answer import Answer
 from deployments.channels.frames import BUFFER_BYTES, GREETING, Address, Frame, expect_loss, receive, send
 from pipeline.dispatcher import Scores
-from pipeline.errors import Busy, Expired, PoolError, PoolFailed
+from pipeline.errors import Busy, DeviceLost, Expired, PoolError, PoolFailed
 
 CONNECT_S = 5.0
 
@@ -57,18 +57,18 @@ class Channel:
         """Whether the replica stays, as far as is known."""
         return not (self._going or self._receiving.done())
 
-    async def call(self, images_NHWC: np.ndarray, top_k: int, within_s: float, details: bool) -> Answer:
-        """The scores of uint8 images [N, H, W, 3], N > 0, within that time.
+    async def call(self, images_NHWC: np.ndarray, top_k: int, within_s: Sequence[float], details: bool) -> Answer:
+        """The scores of uint8 images [N, H, W, 3], N > 0, each within its time.
 
-        Raises `Busy` and `Expired` as the replica does, `PoolFailed` where the model failed, and `ChannelLost` where no
-        answer came. A caller that is cancelled takes its call along.
+        Raises `Busy`, `Expired` and `DeviceLost` as the replica does, `PoolFailed` where the model failed, and
+        `ChannelLost` where no answer came. A caller that is cancelled takes its call along.
         """
         if not self.usable:
             raise ChannelLost(f"replica {self.replica} goes, or is gone")
         number = next(self._numbers)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
-        call = {"top_k": top_k, "within_s": within_s, "details": details}
+        call = {"top_k": top_k, "within_s": list(within_s), "details": details}
         send(self._writer, Frame(number, {"call": call}, {"images": images_NHWC}))
         try:
             return await answer
@@ -117,6 +117,8 @@ def _settle(answer: asyncio.Future[Answer], told: dict[str, Any], arrays: Mappin
         answer.set_exception(Busy(told["busy"], told["retry_after_s"]))
     elif "expired" in told:
         answer.set_exception(Expired(told["expired"]))
+    elif "lost" in told:
+        answer.set_exception(DeviceLost(told["lost"]))
     elif "failed" in told:
         answer.set_exception(PoolFailed("the model failed on this request; the log of its replica says why"))
     else:

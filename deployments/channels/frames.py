@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-GREETING = b"tandem-channel-1 "  # with a number for the format of what follows
+GREETING = b"tandem-channel-2 "  # with a number for the format of what follows
 TOKEN_BYTES = 32
 JSON_BYTES = 1 << 16
 ARRAY_BYTES = 1 << 30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Channels:
         self._look_s = 0.0
         self._unreached: set[str] = set()
 
-    async def call(self, images_NHWC: np.ndarray, top_k: int, within_s: float, details: bool) -> Answer:
+    async def call(self, images_NHWC: np.ndarray, top_k: int, within_s: Sequence[float], details: bool) -> Answer:
         """See `Channel.call`. Raises `ChannelLost` at once where no channel is open."""
         self._look_if_due()
         self._channels = {replica: one for replica, one in self._channels.items() if one.usable}

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from deployments.answer import Answer
+from deployments.answer import Answer, Refusal
 from deployments.channels.frames import BUFFER_BYTES, GREETING, TOKEN_BYTES, Address, Frame, expect_loss, receive, send
 from pipeline.dispatcher import Scores
-from pipeline.errors import Busy, Expired
+from pipeline.errors import Busy, DeviceLost, Expired
 
 GREETING_S = 5.0
 STRANGERS = 64  # at most, that have not sent their greeting yet
 
-# uint8 [N, H, W, 3], top_k, the seconds within which to answer, details
-Score = Callable[[np.ndarray, int, float, bool], Awaitable[Answer | Busy | Expired]]
+# uint8 [N, H, W, 3], top_k, the seconds within which to score each image, details
+Score = Callable[[np.ndarray, int, Sequence[float], bool], Awaitable[Answer | Refusal]]
 
 _log = logging.getLogger(__name__)
 
@@ -104,12 +104,14 @@ class ChannelServer:
         send(writer, Frame(frame.number, told, arrays))
 
 
-def _told(answer: Answer | Busy | Expired) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _told(answer: Answer | Refusal) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """An answer as the client's end of a channel reads it."""
     if isinstance(answer, Busy):
         return {"busy": str(answer), "retry_after_s": answer.retry_after_s}, {}
     if isinstance(answer, Expired):
         return {"expired": str(answer)}, {}
+    if isinstance(answer, DeviceLost):
+        return {"lost": str(answer)}, {}
     arrays = {field.name: getattr(answer.scores, field.name) for field in fields(Scores)}
     there = {name: array for name, array in arrays.items() if array is not None}
     return {"replica": answer.replica, "scores_as": answer.scores_as}, there

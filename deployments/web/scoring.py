@@ -89,9 +89,11 @@ class Service:
         within_s = min(within_s, self.config.timeout_s)
         self._backlog += len(images)
         try:
-            return await _answered(self._scorer.score(images, wanted, within_s), within_s) if images else []
+            results = await _answered(self._scorer.score(images, wanted, within_s), within_s) if images else []
         finally:
             self._backlog -= len(images)
+        _check_finite(results)
+        return results
 
     async def score_all(self, images: Sequence[Image], wanted: Wanted, *, within_s: float = math.inf) -> list[Scored]:
         """The images' classes. Raises `Problem`, also where one of the images is none."""
@@ -169,6 +171,15 @@ def _best(scores_NC: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """The best classes and their scores, best first, and of equal ones the first."""
     top_NK = np.argsort(-scores_NC, axis=1, kind="stable")[:, :top_k]
     return top_NK, np.take_along_axis(scores_NC, top_NK, axis=1)
+
+
+def _check_finite(results: Sequence[Scored | ImageError]) -> None:
+    """Raises `Problem` where a score or an embedding is no number: JSON has no NaN, and no client expects one."""
+    for number, one in enumerate(results):
+        if isinstance(one, Scored) and not math.isfinite(sum(one.scores) + sum(one.embedding or ())):
+            where = "" if len(results) == 1 else f" of image {number} (of {len(results)}, from 0)"
+            detail = f"the model's scores{where} are not finite; serve it with dtype float32, or check its weights"
+            raise Problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail)
 
 
 async def _answered(call: Awaitable[Result], within_s: float) -> Result:

@@ -20,6 +20,7 @@ class ImagesReader:
     """Image files by name. The slice is listed again, and must hold what it held when the job was planned."""
 
     def __init__(self, store: Store, shard: Shard, columns: Columns) -> None:
+        columns.check_not_tar()
         if names := [*columns.carry, *filter(None, (columns.image, columns.key))]:
             raise UsageError(f"{names[0]!r} is asked for, but plain image files have no columns")
         self._store, self._shard = store, shard

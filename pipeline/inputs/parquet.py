@@ -27,6 +27,7 @@ class ParquetReader:
     """One Parquet file. Only the columns that are asked for are read."""
 
     def __init__(self, store: Store, shard: Shard, columns: Columns) -> None:
+        columns.check_not_tar()
         self._name = shard.name
         self._file: BinaryIO = store.open(shard.name, etag=shard.etag)
         try:

@@ -5,24 +5,35 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import pyarrow as pa
 
+from pipeline.errors import UsageError
+
 MAX_IMAGE_BYTES = 256 << 20
+
+KeyUntil = Literal["first-dot", "last-dot"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
     """Which parts of an input row are read: of Parquet, columns; of a tar, members by suffix.
 
-    `image` and `key` None mean: found by name and type. `carry` names what goes along into the output. A reader
-    raises `UsageError` for what its format does not have.
+    `image` and `key` None mean: found by name and type. `carry` names what goes along into the output. A tar member's
+    key ends at the first dot of its file name, or at the last. A reader raises `UsageError` for what its format does
+    not have.
     """
 
     image: str | None = None
     key: str | None = None
     carry: tuple[str, ...] = ()
+    key_until: KeyUntil = "first-dot"
+
+    def check_not_tar(self) -> None:
+        """For readers of other formats. Raises `UsageError`."""
+        if self.key_until != "first-dot":
+            raise UsageError(f"--key-until {self.key_until} is for tar shards, whose members' names are the keys")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
