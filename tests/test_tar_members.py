@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import UsageError
+from pipeline.errors import ShardError, UsageError
 from pipeline.inputs import Columns, Sample, open_reader, tar, tar_scan
 from pipeline.inputs.tar_scan import check_suffixes
 from pipeline.local import LocalStore
@@ -172,7 +172,7 @@ def test_keys_until_a_dot_are_for_tars(tmp_path: Path, format: str) -> None:
 def test_sidecars_are_bounded_in_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tar, "MAX_SIDECARS_BYTES", 5)
     members = [file("a.cls", "123"), file("b.cls", "456"), file("a.jpg"), file("b.jpg")]
-    with pytest.raises(tar.ShardError, match="sidecars cls have more than 5 bytes in all; carry fewer"):
+    with pytest.raises(ShardError, match="sidecars cls have more than 5 bytes in all; carry fewer"):
         read(tmp_path, members, Columns(carry=("cls",)))
 
 

@@ -21,7 +21,7 @@ from pipeline.storage import Store
 class _Held(NamedTuple):
     """Where a target stands: as which member of the archive, and where in the temporary file."""
 
-    index: int
+    member: int
     start: int
     size: int
 
@@ -50,7 +50,7 @@ class Links:
             self._file = self._stack.enter_context(file)
             self._collect(self._file)
         held = self._held.get(self._final(_normal(link.name)))
-        if held is None or held.index > index:
+        if held is None or held.member > index:
             return None
         self._file.seek(held.start)
         return self._file.read(held.size)
